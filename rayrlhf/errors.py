@@ -1,0 +1,77 @@
+"""Every error the package raises on purpose, in one tree.
+
+    RayRLHFError
+    ├── ConfigError (ValueError)          a config cannot be run; found before any actor starts
+    ├── DataError (ValueError)            a data file or record is wrong; names file and line
+    ├── ModelError (ValueError)           a model or tokenizer does not fit its role
+    ├── ResourceError (RuntimeError)      the cluster lacks what the config asks for
+    ├── ActorError (RuntimeError)         a remote actor failed
+    │   └── ActorTimeout (TimeoutError)   ... or did not answer before its deadline
+    ├── WeightSyncError (RuntimeError)    a publish could not be verified
+    └── TrainingError (RuntimeError)      a run-time guard found training numerically broken
+
+The first four are the user's to mend: the CLI prints them as one message and exits with 2. All of them
+hold only strings, so they survive pickling across a Ray boundary.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ActorError",
+    "ActorTimeout",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "RayRLHFError",
+    "ResourceError",
+    "TrainingError",
+    "USER_ERRORS",
+    "WeightSyncError",
+]
+
+
+class RayRLHFError(Exception):
+    """Root of the tree: one message that names the place, and a hint that names the cure."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(RayRLHFError, ValueError):
+    """A config is malformed, contradicts itself, or names something that does not exist."""
+
+
+class DataError(RayRLHFError, ValueError):
+    """A data file is missing or malformed, or a record in it cannot be used."""
+
+
+class ModelError(RayRLHFError, ValueError):
+    """A model, head or tokenizer does not fit the role it is asked to play."""
+
+
+class ResourceError(RayRLHFError, RuntimeError):
+    """The cluster (or this machine) lacks CPUs, GPUs or memory that the config asks for."""
+
+
+class ActorError(RayRLHFError, RuntimeError):
+    """A remote actor failed; the message names its role, rank and phase."""
+
+
+class ActorTimeout(ActorError, TimeoutError):
+    """A remote call passed its deadline; the message names role, rank and phase."""
+
+
+class WeightSyncError(RayRLHFError, RuntimeError):
+    """A weight publish failed its fingerprint, coverage or log-prob probe."""
+
+
+class TrainingError(RayRLHFError, RuntimeError):
+    """A run-time guard stopped training: NaN loss, or a ratio that should be 1 and is not."""
+
+
+USER_ERRORS = (ConfigError, DataError, ModelError, ResourceError)
