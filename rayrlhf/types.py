@@ -27,7 +27,11 @@ __all__ = [
     "RolloutInfo",
     "Scores",
     "StepReport",
+    "Turns",
 ]
+
+Turns = tuple[tuple[str, str], ...]
+"""A conversation that ends with the user's turn: ((role, text), ...); a plain prompt is one user turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class PretrainText:
 class Demonstration:
     """A prompt and the response a person wrote for it."""
 
-    prompt: str
+    prompt: Turns
     response: str
     source: str = ""
 
@@ -53,7 +57,7 @@ class Ranking:
     A comparison (chosen, rejected) is a ranking with K = 2 and ranks (1, 2).
     """
 
-    prompt: str
+    prompt: Turns
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     source: str = ""
@@ -63,7 +67,7 @@ class Ranking:
 class Prompt:
     """A prompt to sample responses for."""
 
-    prompt: str
+    prompt: Turns
     source: str = ""
 
 

@@ -1,0 +1,58 @@
+"""`cluster`: where Ray is and what each role's ranks get."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section
+
+__all__ = ["ClusterConfig", "RankResources", "RoleResources"]
+
+
+class RankResources(Section):
+    cpus: NonNegative = 0.4
+    """Ray's logical CPUs a rank. Below one on a laptop: the roles of a synchronous step take turns."""
+    gpus: NonNegative | None = None
+    """None: one a rank when `cluster.device` is cuda, else none."""
+    threads: PositiveInt = 1
+    """Threads of torch's (or the engine's) CPU kernels in a rank."""
+
+
+class RoleResources(RankResources):
+    ranks: PositiveInt = 1
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """None starts Ray here; `auto` or `host:port` joins a cluster."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    start_timeout_s: Positive = 300.0
+    """Deadline for placing and starting the actors of a run."""
+    call_timeout_s: Positive = 1800.0
+    """Deadline for each remote call after that."""
+    policy: RoleResources = RoleResources()
+    reference: RoleResources = RoleResources()
+    reward: RoleResources = RoleResources()
+    value: RoleResources = RoleResources()
+    rollout: RankResources = RankResources(threads=2)
+    """Each of `rollout.engines` engines; with tensor parallelism a GPU per shard."""
+    train: RoleResources = RoleResources(cpus=1, threads=2)
+    """Workers of pretrain, sft and reward."""
+
+    @model_validator(mode="after")
+    def _gpus_fit_the_device(self) -> ClusterConfig:
+        for role in ("policy", "reference", "reward", "value", "rollout", "train"):
+            gpus = getattr(self, role).gpus
+            if self.device == "cpu" and gpus:
+                raise ValueError(f"{role}.gpus is {gpus:g} but cluster.device is cpu")
+            if self.device == "cuda" and gpus == 0:
+                raise ValueError(f"{role}.gpus is 0 but cluster.device is cuda")
+        return self
+
+    def gpus(self, resources: RankResources) -> float:
+        """GPUs of one rank with these resources."""
+        if resources.gpus is not None:
+            return resources.gpus
+        return 1.0 if self.device == "cuda" else 0.0

@@ -1,0 +1,36 @@
+"""`data`: which files hold what people wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayrlhf.config.base import PositiveInt, Section
+
+__all__ = ["DataConfig"]
+
+
+class DataConfig(Section):
+    """A source is a file (.jsonl, .jsonl.gz, .parquet, .txt, .txt.gz) or a Hugging Face name `org/name[:split]`."""
+
+    root: Path | None = None
+    """Folder that relative file names start from; the environment's RAYRLHF_HUMAN_DATA when None."""
+    text: tuple[str, ...] = ()
+    """Plain text to pretrain on."""
+    demonstrations: tuple[str, ...] = ()
+    """prompt and response, or messages."""
+    rankings: tuple[str, ...] = ()
+    """prompt, responses, ranks; or prompt, chosen, rejected."""
+    heldout_rankings: tuple[str, ...] = ()
+    """Never trained on; the reward model's accuracy is reported on them, per source."""
+    prompts: tuple[str, ...] = ()
+    """What PPO samples responses for."""
+    heldout_fraction: Annotated[float, Field(ge=0, le=0.5, strict=True)] = 0.05
+    """Share of prompts kept out of sft and pretrain for the validation loss."""
+    max_prompt_tokens: PositiveInt = 128
+    overlong_prompts: Literal["drop", "refuse"] = "drop"
+    """Drop prompts over the limit and count them, or refuse to run."""
+    max_records: PositiveInt | None = None
+    """At most this many records of each source, the first ones; None takes all."""

@@ -1,0 +1,129 @@
+"""YAML plus `section.key=value` overrides -> Config, with errors a person can act on; and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from rayrlhf.config.root import Config
+from rayrlhf.errors import ConfigError
+
+__all__ = ["DATA_ROOT_VARIABLE", "dump_config", "load_config"]
+
+DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
+    """Read `path`, apply dotted overrides left to right, validate.
+
+    Raises:
+        ConfigError: naming file and line, or the dotted path, what was found and the nearest valid name.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    if isinstance(data := tree.setdefault("data", {}), dict) and environ.get(DATA_ROOT_VARIABLE):
+        data.setdefault("root", environ[DATA_ROOT_VARIABLE])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML: every default written out."""
+    stream = io.StringIO()
+    _yaml().dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _yaml() -> YAML:
+    # ruamel follows YAML 1.2, where 9e-6 is a number; PyYAML (1.1) reads a string.
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    return yaml
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
+        raise ConfigError(f"{path}: no such config file", f"did you mean {path.parent / near[0]}?" if near else "")
+    try:
+        tree = _yaml().load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = mark.line + 1 if mark else "?"
+        raise ConfigError(
+            f"{path}:{line}: broken YAML: {error.problem}", "check indentation, colons and quotes"
+        ) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: broken YAML: {error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections (`run:`, `model:`, ...), found a {type(tree).__name__}")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r} is not an override", "write section.key=value, for example ppo.steps=10")
+    try:
+        value = _yaml().load(text)
+    except YAMLError:
+        raise ConfigError(f"{dotted}: cannot read {text!r} as YAML", "quote it: key='\"text\"'") from None
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{dotted}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    return "\n".join(f"{where}: {_explain_one(dict(item))}" for item in error.errors())
+
+
+def _explain_one(item: dict[str, Any]) -> str:
+    loc = [str(part) for part in item["loc"]]
+    dotted = ".".join(loc) or "config"
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=1, cutoff=0.5)
+        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1]))}"
+        return f"{dotted}: unknown key; did you mean {suggestion}?"
+    if item["type"] == "missing":
+        return f"{dotted}: missing"
+    if item["type"] == "value_error":
+        message = str(item["ctx"]["error"])
+        return f"{dotted}: {message}" if loc else message
+    return f"{dotted}: found {item['input']!r}; {item['msg'].lower()}"
+
+
+def _fields_at(loc: Sequence[str]) -> list[str]:
+    """Names valid in the section that `loc` points at."""
+    model: type[BaseModel] = Config
+    for part in loc:
+        if part not in model.model_fields:
+            return []
+        annotation = model.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return sorted(model.model_fields)

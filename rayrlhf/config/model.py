@@ -1,0 +1,61 @@
+"""`model`: the base model, named or built from scratch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayrlhf.config.base import PositiveInt, Section
+
+__all__ = ["FromScratch", "ModelConfig"]
+
+
+class FromScratch(Section):
+    """A small causal LM that `pretrain` builds and trains, with its own tokenizer."""
+
+    architecture: Literal["llama", "gpt2"] = "llama"
+    vocab_size: Annotated[int, Field(ge=300, strict=True)] = 2048
+    """Upper bound for the byte-level BPE (256 bytes, 5 special tokens, merges)."""
+    hidden_size: PositiveInt = 192
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt | None = None
+    """Llama only; None means as many as `heads`."""
+    intermediate_size: PositiveInt | None = None
+    """None: 8/3 of the hidden size, rounded up to 32 (llama); 4 times (gpt2)."""
+    context: PositiveInt = 256
+    """Longest sequence (prompt + response) the model can hold."""
+    tie_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> FromScratch:
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if (self.hidden_size // self.heads) % 2:
+            raise ValueError("hidden_size / heads must be even (rotary positions turn pairs)")
+        if self.kv_heads is not None:
+            if self.architecture == "gpt2":
+                raise ValueError("kv_heads is for llama; gpt2 has as many as heads")
+            if self.heads % self.kv_heads:
+                raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """A Hugging Face name or folder: `pretrain` is then skipped."""
+    from_scratch: FromScratch | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations in every role; optimizers keep fp32 master weights either way."""
+    chat_template: str | None = None
+    """Jinja text or a file; None takes the tokenizer's own."""
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if self.path and self.from_scratch:
+            raise ValueError("path and from_scratch contradict each other: keep one")
+        if not self.path and not self.from_scratch:
+            raise ValueError("name a model with path, or describe one with from_scratch")
+        return self

@@ -1,0 +1,73 @@
+"""The whole config, and the checks that need two sections at once."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+
+from rayrlhf.config.base import Section
+from rayrlhf.config.cluster import ClusterConfig
+from rayrlhf.config.data import DataConfig
+from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
+from rayrlhf.config.run import CheckpointConfig, RunConfig, StageName, TrackingConfig
+from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
+
+__all__ = ["Config"]
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weights: WeightsConfig = WeightsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def stages(self) -> tuple[StageName, ...]:
+        """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for."""
+        given = {"pretrain": self.model.path, "sft": self.sft.path, "reward": self.reward.path, "ppo": None}
+        return tuple(stage for stage in self.run.stages if not given[stage])
+
+    @model_validator(mode="after")
+    def _stages_have_data(self) -> Config:
+        needs = {"pretrain": "text", "sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}
+        for stage in self.stages():
+            if not getattr(self.data, needs[stage]):
+                raise ValueError(f"run.stages has {stage} but data.{needs[stage]} is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit_the_context(self) -> Config:
+        if self.model.from_scratch is None:
+            return self  # a named model's context is checked when its config is read
+        check_context(self, self.model.from_scratch.context, "model.from_scratch.context")
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_get_work(self) -> Config:
+        if self.cluster.policy.ranks > self.ppo.minibatch_size:
+            raise ValueError(
+                f"cluster.policy.ranks {self.cluster.policy.ranks} and ppo.minibatch_size {self.ppo.minibatch_size} "
+                "contradict each other: some ranks would never see a response"
+            )
+        return self
+
+
+def check_context(config: Config, context: int, name: str) -> None:
+    """Raise ValueError if any stage's longest sequence is over `context` tokens; `name` says whose limit it is."""
+    responses = {"rollout.max_tokens": config.rollout.max_tokens}
+    if "sft" in config.stages():
+        responses["sft.max_response_tokens"] = config.sft.max_response_tokens
+    if "reward" in config.stages():
+        responses["reward.max_response_tokens"] = config.reward.max_response_tokens
+    for key, tokens in responses.items():
+        if config.data.max_prompt_tokens + tokens > context:
+            raise ValueError(
+                f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {key} {tokens} is over {name} {context}"
+            )

@@ -1,0 +1,40 @@
+"""`run`, `checkpoint` and `tracking`: what to run, what to keep, what to show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rayrlhf.config.base import NonNegativeInt, PositiveInt, Section
+
+__all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConfig"]
+
+StageName = Literal["pretrain", "sft", "reward", "ppo"]
+STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
+    """Names the folder of the run and its actors."""
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
+    output: Path = Path("runs")
+    """Runs go to `<output>/<name>/`; finished stages to `<output>/artifacts/`, shared by all runs there."""
+    stages: tuple[StageName, ...] = STAGES
+    """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set."""
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 0
+    """PPO steps between saved policies; 0 saves the last one only."""
+    keep: PositiveInt = 2
+    """How many of them stay on disk."""
+
+
+class TrackingConfig(Section):
+    wandb: Literal["off", "offline", "online"] = "off"
+    """`online` without a login falls back to `offline`, and says so."""
+    project: str = "rayrlhf"
+    samples_per_step: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
+    """Responses a step written, decoded, to samples.jsonl."""
