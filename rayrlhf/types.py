@@ -1,7 +1,7 @@
 """All records, in the order data flows.
 
     text        Demonstration, Ranking, Prompt           what a person wrote (data/ reads them)
-    rollout     Rollout + RolloutInfo                    what an engine sampled
+    rollout     SampleRequest -> Rollout + RolloutInfo   what an engine is asked for, and sampled
     scoring     Scores                                   what the four models say of a rollout
     learning    Experience -> StepReport                 what a learner trains on, and what came of it
 
@@ -25,6 +25,7 @@ __all__ = [
     "Ranking",
     "Rollout",
     "RolloutInfo",
+    "SampleRequest",
     "Scores",
     "StepReport",
     "Turns",
@@ -81,6 +82,17 @@ class PromptTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One response to draw."""
+
+    sample_id: int
+    """unique in a run"""
+    prompt_id: int
+    seed: int
+    """of the engine's random stream for this response alone"""
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutInfo:
     """What the driver knows of a rollout: ids and scalars, never tokens."""
 
@@ -116,11 +128,20 @@ class Scores:
     """What one model says of some rollouts, keyed by sample id; each role fills its own field."""
 
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)
-    """float32 [R] per sample (policy: old log-probs; reference: reference log-probs)"""
+    """float32 [R] per sample: the policy's, before this step's first update (policy)"""
+    reference_logprobs: dict[int, np.ndarray] = field(default_factory=dict)
+    """float32 [R] per sample: the SFT model's (reference)"""
     values: dict[int, np.ndarray] = field(default_factory=dict)
     """float32 [R] per sample: value of the state before each response token (value model)"""
     rewards: dict[int, float] = field(default_factory=dict)
     """one scalar per sample, in the reward model's normalised units (reward model)"""
+
+    def merge(self, other: Scores) -> None:
+        """Take in what another role, or another rank, says."""
+        self.logprobs.update(other.logprobs)
+        self.reference_logprobs.update(other.reference_logprobs)
+        self.values.update(other.values)
+        self.rewards.update(other.rewards)
 
 
 @dataclass(frozen=True, slots=True)

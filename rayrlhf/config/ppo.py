@@ -61,7 +61,7 @@ class RolloutConfig(Section):
     """Longest response."""
     temperature: Positive = 1.0
     """Of sampling and of every log-prob computed afterwards. No top-k, no top-p: they would bias the ratio."""
-    kv_cache_gib: Positive = 1.0
+    kv_cache_gib: PositiveInt = 1
     """CPU engines: size of the key/value cache."""
     gpu_memory_utilization: Fraction = 0.5
     """GPU engines: share of the device the engine may take."""

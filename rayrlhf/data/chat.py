@@ -1,0 +1,170 @@
+"""Chat templates: turns -> token ids, and the tokenizers that can be used at all.
+
+A prompt and its response are always encoded apart and then joined, so the boundary between them is the same
+whether the response was written by a person, sampled by an engine or read back from a file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayrlhf.errors import ModelError
+from rayrlhf.types import Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "ROLE_TOKENS",
+    "encode_prompt",
+    "encode_response",
+    "encode_text",
+    "load_tokenizer",
+    "validate_tokenizer",
+]
+
+ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
+
+# An assistant's turn in the history ends as a sampled response does, with the EOS.
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+_GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
+    """Token ids of a conversation, up to and with the words that open the assistant's turn.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or its template refuses these turns.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise ModelError(f"{_name(tokenizer)} has no chat template", "set model.chat_template")
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        roles = ", ".join(role for role, _ in turns)
+        message = f"the chat template of {_name(tokenizer)} refuses the turns ({roles}): {error}"
+        raise ModelError(message, "set model.chat_template to one that takes these roles") from None
+    # The template wrote every special token that belongs there, a BOS included.
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a response and the EOS that ends it; no BOS."""
+    return [*encode_text(tokenizer, text), tokenizer.eos_token_id]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text: special tokens spelled out in it are read as the characters they are.
+
+    Otherwise a document about `<|endoftext|>` would teach the model to stop in the middle of a sentence.
+    """
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+
+
+def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Check that responses can end and rows can be padded.
+
+    Args:
+        where: what to call the tokenizer in a message, e.g. its path or config key.
+
+    Raises:
+        ModelError: there is no EOS, no PAD, or both are the same token.
+    """
+    if tokenizer.eos_token_id is None:
+        hint = 'without one no response ever ends; set "eos_token" in its tokenizer_config.json'
+        raise ModelError(f"{where}: the tokenizer has no EOS token", hint)
+    cure = 'tokenizer.add_special_tokens({"pad_token": "<|pad|>"}), resize the embeddings, and save both'
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{where}: the tokenizer has no PAD token", f"rows cannot be padded without; {cure}")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        message = f"{where}: PAD and EOS are the same token, {tokenizer.eos_token!r}"
+        raise ModelError(message, f"masking the padding would mask the EOS, and no model learns to stop; {cure}")
+
+
+def load_tokenizer(
+    path: str | Path, chat_template: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer, settle its chat template, and check that both can be used.
+
+    Args:
+        path: a folder, or a Hugging Face model name.
+        chat_template: Jinja text, or the path of a file that holds it; replaces the tokenizer's own. None keeps
+            the tokenizer's own, or takes DEFAULT_TEMPLATE if it has none and knows all role tokens.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        ModelError: nothing loads from `path`, there is no template that fits, or validate_tokenizer refuses it.
+    """
+    tokenizer = _load(str(path), trust_remote_code)
+    _refuse_swapped_class(tokenizer, Path(path))
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    elif not tokenizer.chat_template:
+        known = tokenizer.get_vocab()
+        missing = [token for token in ROLE_TOKENS if token not in known]
+        if missing:
+            message = f"{path}: the tokenizer has no chat template, nor the role tokens {', '.join(missing)}"
+            raise ModelError(message, "set model.chat_template, or use an instruction-tuned model's tokenizer")
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    validate_tokenizer(tokenizer, str(path))
+    encode_prompt(tokenizer, (("user", "Hello"),))  # a broken template shows here, not in the middle of a run
+    return tokenizer
+
+
+def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    # Only `name` and `org/name` can be hub names; anything else is a path, and must not be looked up there.
+    is_hub_name = path.count("/") <= 1 and not path.startswith(("/", ".", "~"))
+    if not is_hub_name and not Path(path).is_dir():
+        raise ModelError(f"no such model folder: {path}", "check model.path")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a bad folder
+        reason = str(error).strip().partition("\n")[0]
+        hint = "it must be a folder with tokenizer.json, or the name of a model that can be reached from here"
+        raise ModelError(f"cannot load a tokenizer from {path}: {reason}", hint) from None
+
+
+def _refuse_swapped_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """For some model types (qwen2) transformers puts its own class in the place of a generic tokenizer.
+
+    That class splits text by other rules than tokenizer.json says, so the same text gets other ids than it had
+    when the tokenizer was trained; nothing else would ever tell.
+    """
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return
+    declared = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    used = type(tokenizer).__name__
+    if declared in _GENERIC_CLASSES and used not in _GENERIC_CLASSES:
+        message = f"{folder}: transformers loads {used} in the place of the declared {declared}"
+        raise ModelError(message, "its ids would differ; use another model type in config.json (llama, qwen3, gpt2)")
+
+
+def _template_text(chat_template: str) -> str:
+    if "{" in chat_template:
+        return chat_template
+    file = Path(chat_template).expanduser()
+    if not file.is_file():
+        hint = "model.chat_template is Jinja text or the path of a file that holds it"
+        raise ModelError(f"no such chat template file: {chat_template}", hint)
+    return file.read_text(encoding="utf-8")
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or "the tokenizer"

@@ -1,0 +1,80 @@
+"""What the loop needs of the rest of the system. Ray, vLLM and DeepSpeed live behind these; tests pass plain fakes.
+
+A `Handle` is an opaque reference to data that stays where it was made. The driver passes handles on and never looks
+inside: it works with ids and scalars only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
+from rayrlhf.weights.publish import Publication
+
+__all__ = [
+    "Checkpoints",
+    "ExperienceBatch",
+    "Handle",
+    "Learners",
+    "MetricSink",
+    "RolloutBatch",
+    "RolloutPool",
+    "ScoredBatch",
+    "Scorers",
+    "Weights",
+]
+
+Handle = Any
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """The responses of one step: who they are, and where."""
+
+    infos: tuple[RolloutInfo, ...]
+    handles: tuple[Handle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    rollouts: RolloutBatch
+    scores: tuple[Handle, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExperienceBatch:
+    infos: tuple[RolloutInfo, ...]
+    handles: tuple[Handle, ...]
+    metrics: Mapping[str, float]
+    samples: Sequence[Mapping[str, Any]]
+    """a few responses as text with their scores, for samples.jsonl"""
+
+
+class RolloutPool(Protocol):
+    async def generate(self, requests: Sequence[SampleRequest]) -> RolloutBatch: ...
+
+
+class Scorers(Protocol):
+    async def score(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+        """Old and reference log-probs, values and rewards of every response."""
+        ...
+
+
+class Learners(Protocol):
+    async def estimate(self, batch: ScoredBatch, kl_coef: float) -> ExperienceBatch: ...
+    async def update(self, experience: ExperienceBatch, step: int) -> StepReport: ...
+
+
+class Weights(Protocol):
+    async def publish(self, version: int) -> Publication: ...
+
+
+class Checkpoints(Protocol):
+    async def save_if_due(self, step: int) -> None: ...
+
+
+class MetricSink(Protocol):
+    def write(self, record: Mapping[str, Any]) -> None: ...
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...

@@ -1,0 +1,191 @@
+"""One model in one process group under DeepSpeed: `Learner` trains it, `FrozenModel` only runs it. No Ray.
+
+Both take micro-batches of any type M and a function of (module, M). Ranks may bring different numbers of
+micro-batches; the shorter ones run a dummy whose loss counts zero, or a sharded model would wait forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayrlhf.engines.distributed import all_reduce_max
+from rayrlhf.errors import TrainingError
+from rayrlhf.weights.buckets import bucket_plan
+from rayrlhf.weights.names import publish_names
+
+__all__ = ["FrozenModel", "Learner", "LearnerSettings", "LossFunction"]
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+
+class LossFunction(Protocol[M]):
+    def __call__(self, module: Callable[..., Tensor], micro_batch: M, /) -> Tensor:
+        """The micro-batch's share of the global loss: already divided by the global denominator."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSettings:
+    zero_stage: int
+    dtype: str
+    device: str
+    learning_rate: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    grad_clip: float
+
+
+class _Engine:
+    """What learner and frozen model share: the device, equal numbers of micro-batches, passes without gradients."""
+
+    def __init__(self, module: nn.Module, device: str) -> None:
+        self.module = module
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._call: Callable[..., Tensor] = module
+
+    def infer(self, function: Callable[[Callable[..., Tensor], M], R], micro_batches: Sequence[M], dummy: M) -> list[R]:
+        """`function(module, m)` for each micro-batch, without gradients."""
+        self.module.eval()
+        with torch.no_grad():
+            results = [function(self._call, m) for m in self._equalised(micro_batches, dummy)]
+        return results[: len(micro_batches)]
+
+    def _equalised(self, micro_batches: Sequence[M], dummy: M) -> list[M]:
+        longest = int(all_reduce_max(len(micro_batches), self.device))
+        return [*micro_batches, *[dummy] * (longest - len(micro_batches))]
+
+
+class FrozenModel(_Engine):
+    """A model that is only run: whole on each rank (stage 0) or sharded over them (stage 3)."""
+
+    def __init__(self, module: nn.Module, zero_stage: int, dtype: str, device: str) -> None:
+        super().__init__(module.requires_grad_(False), device)
+        if zero_stage == 3:
+            import deepspeed
+
+            engine, *_ = deepspeed.initialize(model=module, config=_base_config(3, dtype))
+            self.module, self._call = engine.module, engine
+        else:
+            module.to(self.device, getattr(torch, dtype))
+
+
+class Learner(_Engine):
+    """A model, its optimizer and its gradients under ZeRO."""
+
+    def __init__(self, module: nn.Module, settings: LearnerSettings) -> None:
+        super().__init__(module, settings.device)
+        import deepspeed
+
+        self.settings = settings
+        config = _base_config(settings.zero_stage, settings.dtype) | {
+            "gradient_clipping": settings.grad_clip,
+            "optimizer": {
+                "type": "AdamW",
+                "params": {
+                    "torch_adam": True,  # DeepSpeed's own is compiled on first use, and hangs on a CPU
+                    "lr": settings.learning_rate,
+                    "betas": list(settings.betas),
+                    "eps": settings.eps,
+                    "weight_decay": settings.weight_decay,
+                },
+            },
+        }
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
+        self.module, self._call = self.engine.module, self.engine
+
+    def train_step(
+        self, loss_function: LossFunction[M], micro_batches: Sequence[M], dummy: M, learning_rate: float
+    ) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches.
+
+        The gradient is that of the sum of all micro-batches' losses over all ranks: `loss_function` divides by the
+        global denominator, and the factor `world_size` undoes DeepSpeed's averaging.
+
+        Returns:
+            `loss` (this rank's share of it) and `grad_norm` (global, before clipping).
+
+        Raises:
+            TrainingError: when the loss is NaN or infinite; the step is not taken.
+        """
+        self.module.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        batches = self._equalised(micro_batches, dummy)
+        total = 0.0
+        for i, micro_batch in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            loss = loss_function(self._call, micro_batch) * (1.0 if i < len(micro_batches) else 0.0)
+            total += float(loss.detach())
+            self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        # All ranks must agree to stop, or the others would wait in the step's collectives.
+        if all_reduce_max(0.0 if abs(total) < float("inf") else 1.0, self.device):
+            raise TrainingError(f"the loss is not finite (rank {self.rank}: {total})", "lower the learning rate")
+        plain_norm = self._plain_grad_norm()
+        self.engine.step()
+        norm = plain_norm if plain_norm is not None else self.engine.get_global_grad_norm()
+        return {"loss": total, "grad_norm": float(norm) if norm is not None else float("nan")}
+
+    def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The whole parameters of `module`, bucket by bucket; under ZeRO-3 each bucket is gathered and let go again.
+
+        A collective under ZeRO-3: every rank must walk through it in step.
+        """
+        parameters = dict(publish_names(module))
+        sizes = [(n, _numel(p) * p.element_size()) for n, p in parameters.items()]
+        for names in bucket_plan(sizes, bucket_bytes):
+            with self._gathered([parameters[n] for n in names]):
+                yield [(n, parameters[n].data) for n in names]
+
+    def save_pretrained(self, module: Any, folder: Path, bucket_bytes: int = 2**28) -> None:
+        """Write `module` (a Hugging Face model) as safetensors; rank 0 writes, all ranks take part."""
+        state: dict[str, Tensor] = {}
+        for bucket in self.named_buckets(module, bucket_bytes):
+            if self.rank == 0:
+                state.update((name, tensor.detach().to("cpu", copy=True)) for name, tensor in bucket)
+        if self.rank == 0:
+            for alias in _tied_aliases(module):  # a checkpoint holds a shared tensor once
+                del state[alias]
+            module.save_pretrained(folder, state_dict=state)
+        dist.barrier()
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> Any:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.settings.zero_stage == 3)
+
+    def _plain_grad_norm(self) -> Tensor | None:
+        """Without ZeRO in float32 DeepSpeed reports no norm; the gradients are still there to be measured."""
+        if self.settings.zero_stage or self.settings.dtype != "float32":
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+
+def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _tied_aliases(module: nn.Module) -> list[str]:
+    """The second and further names of shared parameters."""
+    first = {name for name, _ in module.named_parameters()}
+    return [name for name, _ in publish_names(module) if name not in first]

@@ -1,0 +1,81 @@
+"""One process group per role: start it, reduce numbers over it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Rendezvous", "all_reduce_max", "all_reduce_sum", "join_process_group", "reduce_means"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """What a rank needs to find the others of its role."""
+
+    rank: int
+    world_size: int
+    address: str
+    port: int
+    device: str
+    threads: int
+
+
+def join_process_group(rendezvous: Rendezvous) -> None:
+    """Start DeepSpeed's process group in this process: gloo on CPU, NCCL on GPUs."""
+    os.environ.update(
+        RANK=str(rendezvous.rank),
+        WORLD_SIZE=str(rendezvous.world_size),
+        LOCAL_RANK="0",  # Ray shows each actor its own device only
+        LOCAL_SIZE="1",
+        MASTER_ADDR=rendezvous.address,
+        MASTER_PORT=str(rendezvous.port),
+    )
+    prepare_process(rendezvous.device, rendezvous.threads)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend=_backend(rendezvous.device), verbose=False)
+
+
+def prepare_process(device: str, threads: int) -> None:
+    """Device and threads of this process; for every process that hosts a DeepSpeed engine."""
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed.ops
+
+        # DeepSpeed would compile a shared-memory all-reduce here (half a minute the first time, a compiler needed)
+        # which leaves 66 MiB a rank in /dev/shm after every run. Gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum over the ranks; unchanged where there is no process group."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_reduce_max(value: float, device: torch.device) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def reduce_means(sums: Mapping[str, tuple[float, float]], device: torch.device) -> dict[str, float]:
+    """Means over all ranks from each rank's (sum, count); a name with count 0 everywhere gives NaN.
+
+    Every rank must pass the same names.
+    """
+    names = sorted(sums)
+    flat = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=device).reshape(-1, 2)
+    total = all_reduce_sum(flat).tolist()
+    return {n: s / c if c else float("nan") for n, (s, c) in zip(names, total, strict=True)}
+
+
+def _backend(device: str) -> str:
+    return "nccl" if device == "cuda" else "gloo"

@@ -1,0 +1,179 @@
+"""The rollout engine: vLLM in this process, with a version of the policy's weights.
+
+Consumes prompts (token ids), produces `Rollout`s: response tokens, their log-probs at the sampling temperature,
+and the version that sampled them. It serves only a committed version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rayrlhf.errors import WeightSyncError
+from rayrlhf.types import PromptTokens, Rollout, RolloutInfo, SampleRequest
+from rayrlhf.weights.publish import EngineReceipt
+
+__all__ = ["EngineSettings", "RolloutEngine"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What one engine needs to know; filled from `model`, `rollout`, `weights` and `cluster`."""
+
+    model: str
+    dtype: str
+    device: str
+    context: int
+    max_tokens: int
+    temperature: float
+    tensor_parallel: int
+    threads: int
+    kv_cache_gib: int
+    gpu_memory_utilization: float
+    max_sequences: int
+    transport: str
+    eos: int
+    trust_remote_code: bool
+
+
+class RolloutEngine:
+    def __init__(self, settings: EngineSettings, prompts: Sequence[PromptTokens]) -> None:
+        _set_environment(settings)
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        from rayrlhf.engines.vllm_worker import BACKEND
+
+        self._settings = settings
+        self._prompts = {p.prompt_id: p.tokens.tolist() for p in prompts}
+        self._version: int | None = None
+        self._pending: int | None = None
+        cpu = settings.device == "cpu"
+        self._llm = LLM(
+            model=settings.model,
+            dtype=settings.dtype,
+            max_model_len=settings.context,
+            tensor_parallel_size=settings.tensor_parallel,
+            max_num_seqs=settings.max_sequences,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            enforce_eager=cpu,  # compiling costs half a minute on a CPU and gains a tenth
+            trust_remote_code=settings.trust_remote_code,
+            skip_tokenizer_init=True,  # ids in, ids out: one tokenizer, the driver's
+            logprobs_mode="processed_logprobs",  # log softmax(logits / temperature): what the trainer computes
+            worker_extension_cls="rayrlhf.engines.vllm_worker.WorkerExtension",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            generation_config="vllm",  # a model's own sampling defaults (top-p, ...) would bias the ratio
+            seed=0,
+        )
+        self._rpc("init_weight_transfer_engine", {"transport": settings.transport})
+
+    @property
+    def version(self) -> int | None:
+        """The committed version; None while a publish is under way or after one failed."""
+        return self._version
+
+    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
+        """Sample one response per request.
+
+        Raises:
+            WeightSyncError: when no verified weights are loaded.
+        """
+        if self._version is None:
+            raise WeightSyncError("this engine holds no verified weights", "publish to it before sampling")
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=self._prompts[r.prompt_id]) for r in requests]
+        params = [
+            SamplingParams(
+                temperature=self._settings.temperature,
+                max_tokens=self._settings.max_tokens,
+                stop_token_ids=[self._settings.eos],
+                logprobs=0,
+                seed=r.seed,
+                detokenize=False,
+            )
+            for r in requests
+        ]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
+
+    def begin_update(self, version: int) -> None:
+        self._version = None
+        if self._pending is not None:  # the last publish broke off here
+            self._rpc("abandon_weight_update")
+        self._pending = version
+        self._rpc("start_weight_update")
+
+    def load_bucket(self, ticket: dict[str, Any]) -> None:
+        if ticket["header"]["version"] != self._pending:
+            raise WeightSyncError(f"a bucket of version {ticket['header']['version']} came during {self._pending}")
+        self._rpc("update_weights", {"ticket": ticket})
+
+    def finish_update(self) -> EngineReceipt:
+        self._rpc("finish_weight_update")
+        receipts = self._llm.collective_rpc("weight_receipt")
+        # Shards of one tensor-parallel engine receive the same buckets; any that differs is the one to report.
+        fingerprints, missing = next((r for r in receipts if r[0] != receipts[0][0] or r[1]), receipts[0])
+        # Cached prefixes were computed by the old weights.
+        if not self._llm.reset_prefix_cache():
+            raise WeightSyncError("the prefix cache could not be reset: requests are still running")
+        return EngineReceipt(tuple(fingerprints), tuple(missing))
+
+    def probe(self, rows: list[list[int]]) -> list[float]:
+        """Log-probs (temperature 1) of each row's tokens from the second on, row after row."""
+        from vllm import SamplingParams, TokensPrompt
+
+        prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            float(entry[token].logprob)
+            for row, output in zip(rows, outputs, strict=True)
+            for token, entry in zip(row[1:], (output.prompt_logprobs or [])[1:], strict=True)
+            if entry is not None
+        ]
+
+    def commit(self, version: int) -> None:
+        if version != self._pending:
+            raise WeightSyncError(f"asked to commit version {version} during {self._pending}")
+        self._version, self._pending = version, None
+
+    def _rpc(self, method: str, argument: dict[str, Any] | None = None) -> None:
+        self._llm.collective_rpc(method, args=() if argument is None else (argument,))
+
+    def _rollout(self, request: SampleRequest, output: Any) -> Rollout:
+        completion = output.outputs[0]
+        prompt = self._prompts[request.prompt_id]
+        response = list(completion.token_ids)
+        logprobs = [step[token].logprob for token, step in zip(response, completion.logprobs, strict=True)]
+        info = RolloutInfo(
+            sample_id=request.sample_id,
+            prompt_id=request.prompt_id,
+            tokens=len(prompt) + len(response),
+            response_tokens=len(response),
+            truncated=response[-1] != self._settings.eos,
+        )
+        return Rollout(
+            info=info,
+            tokens=np.asarray(prompt + response, dtype=np.int32),
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            versions=np.full(len(response), self._version, dtype=np.int32),
+        )
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """vLLM reads these on import: set before it, and only in the process that hosts the engine."""
+    # vLLM forks a process per shard for tensor parallelism; one shard stays in this process, which starts 20 s sooner.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    if settings.device == "cpu":
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
+        threads = settings.threads
+        binds = [",".join(str(s * threads + t) for t in range(threads)) for s in range(settings.tensor_parallel)]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if settings.tensor_parallel == 1 else "|".join(binds)
+        os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,0 +1,66 @@
+"""Seconds per phase of each step, tokens per second, and a Chrome trace of them (chrome://tracing, Perfetto)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+__all__ = ["PHASES", "StepClock"]
+
+PHASES = ("generate", "score", "estimate", "update", "publish", "save")
+
+
+class StepClock:
+    """Times the phases of a step; what lies between them is `time/other_s`."""
+
+    def __init__(self) -> None:
+        self._origin = perf_counter()
+        self._step_start = self._origin
+        self._seconds: dict[str, float] = {}
+        self.events: list[dict[str, Any]] = []
+
+    def start_step(self) -> None:
+        self._step_start = perf_counter()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            seconds = perf_counter() - start
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self._event(name, start, seconds, tid=1)
+
+    def end_step(self, tokens: Mapping[str, int]) -> dict[str, float]:
+        """time/*_s of the step, and throughput: rollout tokens per generate second, train tokens per update second."""
+        total = perf_counter() - self._step_start
+        self._event("step", self._step_start, total, tid=0)
+        times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
+        times["time/other_s"] = total - sum(self._seconds.values())
+        times["time/step_s"] = total
+        for name, phase in (("rollout", "generate"), ("train", "update")):
+            seconds = self._seconds[phase]
+            times[f"throughput/{name}_tokens_per_s"] = tokens[name] / seconds if seconds else 0.0
+        return times
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"traceEvents": self.events}), encoding="utf-8")
+
+    def _event(self, name: str, start: float, seconds: float, tid: int) -> None:
+        microseconds = 1e6
+        self.events.append(
+            {
+                "name": name,
+                "ph": "X",
+                "pid": 0,
+                "tid": tid,
+                "ts": (start - self._origin) * microseconds,
+                "dur": seconds * microseconds,
+            }
+        )

@@ -1,0 +1,202 @@
+"""Models as modules: a causal LM that returns log-probs, and a scalar head on its backbone.
+
+Shape legend: B sequences, T tokens of the longest one, R response positions, V vocabulary, D hidden size.
+Rows are padded on the right. Under a causal mask a token never sees what comes after it, so right padding needs no
+attention mask and position ids follow the tokens by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rayrlhf.config.model import FromScratch
+from rayrlhf.errors import ModelError
+from rayrlhf.models.logprobs import token_logprobs
+
+__all__ = [
+    "PolicyModel",
+    "ScalarModel",
+    "context_length",
+    "from_scratch",
+    "has_residual_dropout",
+    "load_policy",
+    "load_scalar",
+    "new_scalar",
+    "read_config",
+]
+
+# Where a reward model keeps what makes its scores comparable: (raw - bias) / scale.
+NORMALISATION_KEY = "rayrlhf_reward_normalisation"
+
+
+class PolicyModel(nn.Module):
+    """A causal LM whose forward pass gives log-probs of the tokens that follow."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, tokens: Tensor, positions: Tensor, temperature: float = 1.0) -> Tensor:
+        """Log-probs of chosen tokens given what precedes them.
+
+        Args:
+            tokens: int64 [B, T], right-padded.
+            positions: int64 [N], flat indices into [B, T] of the tokens asked for; none may be a row's first.
+            temperature: logits are divided by it.
+
+        Returns:
+            float32 [N]: log softmax(logits / temperature) at those tokens.
+        """
+        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        # The token at position p is predicted by the hidden state at p - 1.
+        chosen = hidden.reshape(-1, hidden.shape[-1])[positions - 1]
+        logits = self.lm.get_output_embeddings()(chosen)
+        return token_logprobs(logits, tokens.reshape(-1)[positions], temperature)
+
+
+class ScalarModel(nn.Module):
+    """A backbone with a head of one output: the reward model and the value model."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.classifier = classifier
+        if not isinstance(getattr(classifier, "score", None), nn.Linear):
+            raise ModelError(
+                f"{type(classifier).__name__} has no linear head called `score`",
+                "reward and value models need a Hugging Face sequence-classification model with num_labels=1",
+            )
+        bias, scale = getattr(classifier.config, NORMALISATION_KEY, (0.0, 1.0))
+        self.bias, self.scale = float(bias), float(scale)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """float32 [N]: the normalised head output at flat positions [N] of tokens [B, T] (right-padded)."""
+        hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        raw = self.classifier.score(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1).float()
+        return (raw - self.bias) / self.scale
+
+    def normalise(self, bias: float, scale: float) -> None:
+        """From now on a raw output x counts as (x - bias) / scale; kept in the model's own config.json."""
+        self.bias, self.scale = bias, scale
+        setattr(self.classifier.config, NORMALISATION_KEY, (bias, scale))
+
+
+def from_scratch(spec: FromScratch, vocab_size: int, eos: int, pad: int, seed: int) -> PolicyModel:
+    """A randomly initialised causal LM of the given shape."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "eos_token_id": eos,
+        "bos_token_id": eos,
+        "pad_token_id": pad,
+        "tie_word_embeddings": spec.tie_embeddings,
+    }
+    if spec.architecture == "gpt2":
+        config = AutoConfig.for_model(
+            "gpt2",
+            n_embd=spec.hidden_size,
+            n_layer=spec.layers,
+            n_head=spec.heads,
+            n_inner=spec.intermediate_size,
+            n_positions=spec.context,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
+        )
+    else:
+        config = AutoConfig.for_model(
+            "llama",
+            hidden_size=spec.hidden_size,
+            num_hidden_layers=spec.layers,
+            num_attention_heads=spec.heads,
+            num_key_value_heads=spec.kv_heads or spec.heads,
+            intermediate_size=spec.intermediate_size or math.ceil(spec.hidden_size * 8 / 3 / 32) * 32,
+            max_position_embeddings=spec.context,
+            **common,
+        )
+    torch.manual_seed(seed)
+    return PolicyModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's config.json alone; ModelError when there is no such model."""
+    if not Path(path).exists() and ("/" not in path or path.startswith((".", "/"))):
+        raise ModelError(
+            f"{path}: no such model folder", "give a folder with config.json or a Hugging Face name org/name"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot read the model's config: {str(error).splitlines()[0]}") from None
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence the model holds, when its config says."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if (value := getattr(config, key, None)) is not None:
+            return int(value)
+    return None
+
+
+def has_residual_dropout(config: PretrainedConfig) -> bool:
+    return hasattr(config, "resid_pdrop")
+
+
+def load_policy(path: str, trust_remote_code: bool, residual_dropout: float = 0.0) -> PolicyModel:
+    """A causal LM in float32 (the engine casts); dropout everywhere 0 but where `residual_dropout` asks for it."""
+    config = _without_dropout(read_config(path, trust_remote_code))
+    if residual_dropout:
+        if not has_residual_dropout(config):
+            raise ModelError(f"{path}: a {config.model_type} model has no residual dropout", "set sft.dropout=0")
+        config.resid_pdrop = residual_dropout
+    lm = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    return PolicyModel(lm)
+
+
+def load_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
+    """A reward or value model with its head, in float32."""
+    config = _without_dropout(read_config(path, trust_remote_code))
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    if missing := sorted(k for k in info["missing_keys"] if k.startswith("score")):
+        raise ModelError(f"{path}: the model has no trained reward head ({', '.join(missing)} missing)")
+    return ScalarModel(classifier)
+
+
+def new_scalar(path: str, trust_remote_code: bool, seed: int) -> ScalarModel:
+    """The backbone of `path` under a fresh head with weights from N(0, 1 / (D + 1)) (Stiennon et al. 2020)."""
+    config = _without_dropout(read_config(path, trust_remote_code))
+    config.num_labels = 1
+    torch.manual_seed(seed)
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+    )
+    model = ScalarModel(classifier)
+    nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
+    return model
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Dropout would make two passes over the same tokens differ, and the PPO ratio with them."""
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout", "dropout"):
+        if isinstance(getattr(config, key, None), float):
+            setattr(config, key, 0.0)
+    return config
