@@ -17,6 +17,7 @@ hold only strings, so they survive pickling across a Ray boundary.
 from __future__ import annotations
 
 __all__ = [
+    "USER_ERRORS",
     "ActorError",
     "ActorTimeout",
     "ConfigError",
@@ -25,7 +26,6 @@ __all__ = [
     "RayRLHFError",
     "ResourceError",
     "TrainingError",
-    "USER_ERRORS",
     "WeightSyncError",
 ]
 

@@ -137,7 +137,8 @@ def _load(path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for a bad folder
         reason = str(error).strip().partition("\n")[0]
         hint = "it must be a folder with tokenizer.json, or the name of a model that can be reached from here"
-        raise ModelError(f"cannot load a tokenizer from {path}: {reason}", hint) from None
+        absent = "" if Path(path).is_dir() else " (no such folder, so taken for a hub name)"
+        raise ModelError(f"cannot load a tokenizer from {path}{absent}: {reason}", hint) from None
 
 
 def _refuse_swapped_class(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

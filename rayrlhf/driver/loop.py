@@ -17,7 +17,7 @@ The driver holds handles, ids and scalars; tokens go from actor to actor.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +43,7 @@ class Parts:
     checkpoints: Checkpoints
     sink: MetricSink
     clock: StepClock
-    gauges: Callable[[], dict[str, float]]
+    gauges: Callable[[], Awaitable[dict[str, float]]]
     """read once a step, outside every phase: memory per role"""
 
 
@@ -74,13 +74,12 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
         }
         kl.update(report.kl, report.num_samples)
         parts.sink.write_samples(step + 1, experience.samples)
-        record |= parts.gauges()
-        tokens = {"rollout": sum(i.response_tokens for i in experience.infos), "train": _tokens(experience)}
+        record |= await parts.gauges()
+        tokens = {
+            "rollout": sum(info.response_tokens for info in experience.infos),
+            "train": sum(info.tokens for info in experience.infos),
+        }
         parts.sink.write(record | clock.end_step(tokens))
         step += 1
         clock.start_step()
     return step
-
-
-def _tokens(experience: object) -> int:
-    return sum(info.tokens for info in experience.infos)  # type: ignore[attr-defined]

@@ -130,6 +130,7 @@ def update_policy(
         return value
 
     metrics = _update(learner, experiences, minibatches, spare, settings, learning_rate, loss, check_ratio=True)
+    metrics["approx_kl_per_token"] = metrics.pop("approx_kl")
     return {f"policy/{name}": value for name, value in metrics.items()}
 
 

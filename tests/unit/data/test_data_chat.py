@@ -169,7 +169,10 @@ def test_a_hub_name_that_does_not_load_is_named(monkeypatch):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
     with pytest.raises(ModelError) as caught:
         load_tokenizer("org/gone", trust_remote_code=True)
-    assert caught.value.message == "cannot load a tokenizer from org/gone: org/gone is not a model (True)"
+    assert caught.value.message == (
+        "cannot load a tokenizer from org/gone (no such folder, so taken for a hub name): "
+        "org/gone is not a model (True)"
+    )
 
 
 def test_a_tokenizer_class_swapped_for_the_model_type_is_refused(tokenizer, tmp_path):

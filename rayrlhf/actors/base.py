@@ -1,0 +1,44 @@
+"""What every actor can do: write its noise to a file, say where it listens, say how much memory it holds."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import psutil
+import ray
+
+__all__ = ["Actor"]
+
+
+class Actor:
+    """Base of the Ray actors. Constructors return at once; the heavy part is `start`, so that all ranks load together."""
+
+    def __init__(self, log: str) -> None:
+        _send_output_to(Path(log))
+
+    def free_address(self) -> tuple[str, int]:
+        """This node's address and a free port on it."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port: int = probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), port
+
+    def memory_gib(self) -> float:
+        """Resident memory of this process and its children, with the GPU memory it allocated."""
+        import torch
+
+        process = psutil.Process()
+        held = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)) if p.is_running())
+        gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        return (held + gpu) / 2**30
+
+
+def _send_output_to(path: Path) -> None:
+    """Everything this process prints, C libraries and children included, goes to `path`: the console is the user's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)

@@ -1,0 +1,122 @@
+"""A role's actors: placed together, started in parallel, called together, each call with a deadline and an owner."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rayrlhf.actors.placement import RolePlacement
+from rayrlhf.engines.distributed import Rendezvous
+from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
+
+__all__ = ["ActorGroup"]
+
+
+class ActorGroup:
+    """All ranks of one role."""
+
+    def __init__(self, placement: RolePlacement, call_timeout_s: float) -> None:
+        self.role = placement.role
+        self.placement = placement
+        self.actors: list[Any] = []
+        self._timeout = call_timeout_s
+        self._bundles: PlacementGroup = placement_group(placement.bundles(), strategy="PACK", name=placement.role)
+
+    @property
+    def ranks(self) -> int:
+        return self.placement.ranks
+
+    async def spawn(self, actor_class: type, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
+        """Create one actor per rank; returns when their constructors have run. Call `start` next."""
+        try:
+            await asyncio.wait_for(_as_future(self._bundles.ready()), timeout_s)
+        except TimeoutError:
+            raise ResourceError(
+                f"{self.role}: no room for {self.ranks} x {self.placement.bundles()[0]} within {timeout_s:g} s",
+                f"lower cluster.{self.role}.*, or add nodes",
+            ) from None
+        remote = ray.remote(actor_class)
+        for rank, args in enumerate(arguments):
+            strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank)
+            actor = remote.options(
+                name=f"{self.role}-{rank}",
+                num_cpus=self.placement.cpus,
+                num_gpus=self.placement.gpus,
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": self.placement.environment()},
+            ).remote(*args)
+            self.actors.append(actor)
+
+    async def rendezvous(self, device: str, timeout_s: float) -> list[Rendezvous]:
+        """Where rank 0 waits for the others: one process group per role."""
+        refs = [self.actors[0].free_address.remote()]
+        address, port = (await self._wait(refs, "free_address", timeout_s))[0]
+        threads = self.placement.threads
+        return [Rendezvous(rank, self.ranks, address, port, device, threads) for rank in range(self.ranks)]
+
+    async def call(
+        self, method: str, *shared: Any, each: Sequence[tuple[Any, ...]] | None = None, timeout_s: float | None = None
+    ) -> list[Any]:
+        """Call `method` on every rank with its own arguments of `each`, then the shared ones.
+
+        Returns:
+            Results in rank order.
+
+        Raises:
+            ActorTimeout, ActorError: naming role, rank and method. An error of ours that a rank raised comes through
+                as itself. The first failure is raised at once: the other ranks may wait for it forever.
+        """
+        own = each or [()] * len(self.actors)
+        refs = [getattr(a, method).remote(*mine, *shared) for a, mine in zip(self.actors, own, strict=True)]
+        return await self._wait(refs, method, timeout_s or self._timeout)
+
+    async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
+        refs = [getattr(self.actors[rank], method).remote(*args)]
+        return (await self._wait(refs, method, self._timeout, first=rank))[0]
+
+    def close(self) -> None:
+        """End every actor and give the bundles back."""
+        for actor in self.actors:
+            ray.kill(actor)
+        remove_placement_group(self._bundles)
+
+    async def _wait(self, refs: list[Any], method: str, timeout_s: float, first: int = 0) -> list[Any]:
+        futures = [_as_future(ref) for ref in refs]
+        done, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        for rank, future in enumerate(futures, start=first):
+            if future in done and future.exception():
+                for other in pending:
+                    other.cancel()
+                raise self._explain(future.exception(), rank, method)
+        if pending:
+            rank = first + next(i for i, f in enumerate(futures) if f in pending)
+            raise ActorTimeout(
+                f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
+                f"raise cluster.call_timeout_s if that is too short; else see logs/{self.role}-{rank}.log",
+            )
+        results = [future.result() for future in futures]
+        return results
+
+    def _explain(self, error: BaseException | None, rank: int, method: str) -> BaseException:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        where = f"{self.role} rank {rank} failed in {method}"
+        if isinstance(cause, RayRLHFError):
+            return type(cause)(f"{where}: {cause.message}", cause.hint)
+        if isinstance(error, RayActorError):
+            return ActorError(f"{where}: the actor died", f"see logs/{self.role}-{rank}.log")
+        detail = f"{type(cause).__name__}: {cause}".splitlines()
+        return ActorError(f"{where}: {detail[0]}", f"see logs/{self.role}-{rank}.log")
+
+
+def _as_future(ref: Any) -> asyncio.Future[Any]:
+    return asyncio.ensure_future(_get(ref))
+
+
+async def _get(ref: Any) -> Any:
+    return await ref

@@ -1,0 +1,220 @@
+"""The four model roles as actors: policy and value learn, reference and reward are frozen.
+
+Each method is one phase of the step on one rank. It takes handles of rollouts, scores or experiences (Ray resolves
+them to the objects), works on the samples whose ids are its share, and leaves its result in the object store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayrlhf.actors.base import Actor
+from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
+from rayrlhf.engines.distributed import Rendezvous, join_process_group
+from rayrlhf.engines.learning import EstimateSettings, UpdateSettings, estimate, update_policy, update_value
+from rayrlhf.engines.scoring import probe_logprobs, score_logprobs, score_rewards, score_values
+from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
+from rayrlhf.types import Experience, Rollout, Scores
+from rayrlhf.weights.buckets import fingerprint, pack
+from rayrlhf.weights.transports import create_sender
+
+__all__ = ["ModelSettings", "PolicyActor", "ReferenceActor", "RewardActor", "ValueActor"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What one role's ranks need; filled from the config by the stage."""
+
+    path: str
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    micro_batch_tokens: int
+    zero_stage: int
+    temperature: float
+    learner: LearnerSettings | None = None
+    estimate: EstimateSettings | None = None
+    update: UpdateSettings | None = None
+    transport: str = ""
+    bucket_bytes: int = 0
+    run: str = ""
+    samples: int = 0
+    """Responses that rank 0 decodes for samples.jsonl."""
+
+
+class _ModelActor(Actor):
+    engine: Learner | FrozenModel
+
+    def __init__(self, log: str, settings: ModelSettings) -> None:
+        super().__init__(log)
+        self.settings = settings
+
+    def start(self, rendezvous: Rendezvous) -> None:
+        """Join the role's process group and load the model."""
+        join_process_group(rendezvous)
+        self.engine = self._load()
+
+    def _load(self) -> Learner | FrozenModel:
+        raise AssertionError("each role loads its own model")
+
+    def score(self, ids: Sequence[int], *chunks: list[Rollout]) -> Any:
+        """This role's `Scores` of the samples `ids`; returns a one-element list with their handle."""
+        rollouts = {r.info.sample_id: r for chunk in chunks for r in chunk}
+        spare = min(rollouts.values(), key=lambda r: r.info.tokens)
+        return [ray.put(self._score([rollouts[i] for i in ids], spare))]
+
+    def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
+        raise AssertionError("each role scores in its own way")
+
+
+class ReferenceActor(_ModelActor):
+    def _load(self) -> FrozenModel:
+        s = self.settings
+        return FrozenModel(load_policy(s.path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
+
+    def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
+        s = self.settings
+        scores = score_logprobs(self.engine, rollouts, spare, s.micro_batch_tokens, s.temperature)
+        return Scores(reference_logprobs=scores.logprobs)
+
+
+class RewardActor(_ModelActor):
+    def _load(self) -> FrozenModel:
+        s = self.settings
+        return FrozenModel(load_scalar(s.path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
+
+    def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
+        return score_rewards(self.engine, rollouts, spare, self.settings.micro_batch_tokens)
+
+
+class _LearnerActor(_ModelActor):
+    engine: Learner
+    _update: Callable[..., dict[str, float]]
+
+    def update(
+        self, minibatches: Sequence[Sequence[int]], learning_rate: float, *chunks: list[Experience]
+    ) -> dict[str, float]:
+        """One optimizer step per minibatch; `minibatches` holds this rank's sample ids of each."""
+        experiences = [e for chunk in chunks for e in chunk]
+        place = {e.rollout.info.sample_id: i for i, e in enumerate(experiences)}
+        rows = [[place[i] for i in ids] for ids in minibatches]
+        spare = min(experiences, key=lambda e: e.rollout.info.tokens)
+        assert self.settings.update is not None
+        return type(self)._update(self.engine, experiences, rows, spare, self.settings.update, learning_rate)
+
+    def save(self, folder: str) -> None:
+        """Write the weights in Hugging Face format; every rank takes part, rank 0 writes."""
+        self.engine.save_pretrained(self._published_module(), Path(folder))
+
+    def _published_module(self) -> Any:
+        raise AssertionError("each role knows its Hugging Face module")
+
+
+class ValueActor(_LearnerActor):
+    _update = staticmethod(update_value)
+
+    def _load(self) -> Learner:
+        s = self.settings
+        assert s.learner is not None
+        return Learner(load_scalar(s.path, s.trust_remote_code), s.learner)
+
+    def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
+        return score_values(self.engine, rollouts, spare, self.settings.micro_batch_tokens)
+
+    def _published_module(self) -> Any:
+        module = self.engine.module
+        assert isinstance(module, ScalarModel)
+        return module.classifier
+
+
+class PolicyActor(_LearnerActor):
+    _update = staticmethod(update_policy)
+
+    def _load(self) -> Learner:
+        s = self.settings
+        assert s.learner is not None
+        learner = Learner(load_policy(s.path, s.trust_remote_code), s.learner)
+        if learner.rank == 0:
+            from rayrlhf.data.chat import load_tokenizer
+
+            self._sender = create_sender(s.transport, s.run)
+            self._tokenizer = load_tokenizer(s.path, None, s.trust_remote_code)
+        return learner
+
+    def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
+        return score_logprobs(self.engine, rollouts, spare, self.settings.micro_batch_tokens, self.settings.temperature)
+
+    def estimate(
+        self, ids: Sequence[int], kl_coef: float, n_rollouts: int, *chunks: Any
+    ) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
+        """Experience of the samples `ids` (its handle in a list), metrics over all ranks, and a few samples as text.
+
+        Args:
+            n_rollouts: how many of `chunks` are rollouts; the rest are scores of every role and rank.
+        """
+        rollouts = {r.info.sample_id: r for chunk in chunks[:n_rollouts] for r in chunk}
+        scores = Scores()
+        for part in chunks[n_rollouts:]:
+            scores.merge(part)
+        assert self.settings.estimate is not None
+        experiences, metrics = estimate(
+            [rollouts[i] for i in ids], scores, self.settings.estimate, kl_coef, self.engine.device
+        )
+        return [ray.put(experiences)], metrics, self._texts(experiences, scores)
+
+    def begin_publish(self, version: int) -> None:
+        self._version, self._fingerprints = version, list[str]()
+        self._buckets = self.engine.named_buckets(self._published_module(), self.settings.bucket_bytes)
+
+    def next_bucket(self) -> dict[str, Any] | None:
+        """Gather, pack and fingerprint one bucket (rank 0 returns its ticket); None when there are no more."""
+        bucket = next(self._buckets, None)
+        if bucket is None or self.engine.rank:
+            return None
+        header, buffer = pack(bucket, self._version, len(self._fingerprints), self._sender.reserve)
+        self._fingerprints.append(fingerprint(header, buffer))
+        return self._sender.send(header) | {"nbytes": header.nbytes}
+
+    def finish_publish(self) -> tuple[str, ...]:
+        return tuple(self._fingerprints)
+
+    def probe(self, rows: list[list[int]]) -> list[float]:
+        return probe_logprobs(self.engine, rows)
+
+    def close(self) -> None:
+        """Give shared memory back."""
+        if self.engine.rank == 0:
+            self._sender.close()
+
+    def _published_module(self) -> Any:
+        module = self.engine.module
+        assert isinstance(module, PolicyModel)
+        return module.lm
+
+    def _texts(self, experiences: list[Experience], scores: Scores) -> list[dict[str, Any]]:
+        if self.engine.rank:
+            return []
+        texts = []
+        for experience in experiences[: self.settings.samples]:
+            rollout, info = experience.rollout, experience.rollout.info
+            prompt, response = rollout.tokens[: rollout.prompt_tokens], rollout.tokens[rollout.prompt_tokens :]
+            log_ratio = scores.logprobs[info.sample_id] - scores.reference_logprobs[info.sample_id]
+            texts.append(
+                {
+                    "sample_id": info.sample_id,
+                    "prompt_id": info.prompt_id,
+                    "version": int(rollout.versions[0]),
+                    "prompt": self._tokenizer.decode(prompt),
+                    "response": self._tokenizer.decode(response),
+                    "reward": scores.rewards[info.sample_id],
+                    "kl": float(log_ratio.sum()),
+                    "response_tokens": info.response_tokens,
+                    "truncated": info.truncated,
+                }
+            )
+        return texts

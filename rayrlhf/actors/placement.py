@@ -1,0 +1,84 @@
+"""Which role gets what: the config as bundles of a placement group, and whether the cluster has them. No actor starts here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rayrlhf.config import Config
+from rayrlhf.errors import ResourceError
+
+__all__ = ["RolePlacement", "check_resources", "plan_ppo", "plan_training"]
+
+
+@dataclass(frozen=True, slots=True)
+class RolePlacement:
+    """One role's ranks, all alike."""
+
+    role: str
+    ranks: int
+    cpus: float
+    gpus: float
+    threads: int
+
+    def bundles(self) -> list[dict[str, float]]:
+        bundle = {"CPU": self.cpus, "GPU": self.gpus}
+        return [{k: v for k, v in bundle.items() if v} or {"CPU": 0.01} for _ in range(self.ranks)]
+
+    def environment(self) -> dict[str, str]:
+        """For the rank's process, set before any library is imported."""
+        # Spinning OpenMP threads of several processes on few cores slow each other down many times over.
+        return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def plan_ppo(config: Config) -> list[RolePlacement]:
+    """The five roles of a PPO run."""
+    cluster = config.cluster
+    roles = [
+        RolePlacement(role, r.ranks, r.cpus, cluster.gpus(r), r.threads)
+        for role, r in (
+            ("policy", cluster.policy),
+            ("reference", cluster.reference),
+            ("reward", cluster.reward),
+            ("value", cluster.value),
+        )
+    ]
+    shards, engine = config.rollout.tensor_parallel, cluster.rollout
+    roles.append(
+        RolePlacement(
+            "rollout",
+            config.rollout.engines,
+            engine.cpus * shards,
+            cluster.gpus(engine) * shards,
+            engine.threads,
+        )
+    )
+    return roles
+
+
+def plan_training(config: Config) -> RolePlacement:
+    """The workers of pretrain, sft and reward."""
+    train = config.cluster.train
+    return RolePlacement("train", train.ranks, train.cpus, config.cluster.gpus(train), train.threads)
+
+
+def required(config: Config) -> dict[str, float]:
+    """CPUs and GPUs that the run needs at once: stages follow each other, so the largest counts."""
+    ppo, train = plan_ppo(config), plan_training(config)
+    # Ray Train's controller takes a CPU beside its workers.
+    return {
+        "CPU": max(sum(p.ranks * p.cpus for p in ppo), train.ranks * train.cpus + 1),
+        "GPU": max(sum(p.ranks * p.gpus for p in ppo), train.ranks * train.gpus),
+    }
+
+
+def check_resources(config: Config, available: Mapping[str, float]) -> None:
+    """Raise ResourceError when the cluster lacks what the config asks for."""
+    for kind, asked in required(config).items():
+        found = available.get(kind, 0.0)
+        if asked > found + 1e-6:
+            shares = ", ".join(f"{p.role} {p.ranks} x {getattr(p, kind.lower() + 's'):g}" for p in plan_ppo(config))
+            raise ResourceError(
+                f"the config asks for {asked:g} {kind}s, the cluster has {found:g} ({shares})",
+                "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{kind.lower()}s",
+            )
