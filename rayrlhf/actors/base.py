@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 import ray
 
-__all__ = ["Actor"]
+__all__ = ["Actor", "send_output_to"]
 
 
 class Actor:
-    """Base of the Ray actors. Constructors return at once; the heavy part is `start`, so that all ranks load together."""
+    """Base of the Ray actors. Constructors return at once; the heavy part is `start`, so all ranks load together."""
 
     def __init__(self, log: str) -> None:
-        _send_output_to(Path(log))
+        send_output_to(Path(log))
 
     def free_address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
@@ -35,7 +35,7 @@ class Actor:
         return (held + gpu) / 2**30
 
 
-def _send_output_to(path: Path) -> None:
+def send_output_to(path: Path) -> None:
     """Everything this process prints, C libraries and children included, goes to `path`: the console is the user's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)

@@ -100,8 +100,7 @@ class ActorGroup:
                 f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
                 f"raise cluster.call_timeout_s if that is too short; else see logs/{self.role}-{rank}.log",
             )
-        results = [future.result() for future in futures]
-        return results
+        return [future.result() for future in futures]
 
     def _explain(self, error: BaseException | None, rank: int, method: str) -> BaseException:
         cause = error.cause if isinstance(error, RayTaskError) else error

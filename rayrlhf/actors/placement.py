@@ -1,4 +1,4 @@
-"""Which role gets what: the config as bundles of a placement group, and whether the cluster has them. No actor starts here."""
+"""Which role gets what: the config as bundles of placement groups, and whether the cluster has them. Pure."""
 
 from __future__ import annotations
 

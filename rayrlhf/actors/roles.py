@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,12 +73,6 @@ class LearnerRoles:
         )
         metrics = {**experience.metrics, **policy, **value, "policy/learning_rate": policy_rate}
         return StepReport(metrics, experience.metrics["kl/mean"], len(experience.infos))
-
-    async def save(self, folder: Path) -> None:
-        """Both models in Hugging Face format: `folder`/policy and `folder`/value."""
-        await asyncio.gather(
-            self._policy.call("save", str(folder / "policy")), self._value.call("save", str(folder / "value"))
-        )
 
     async def _learn(
         self, group: ActorGroup, experience: ExperienceBatch, minibatches: list[list[RolloutInfo]], rate: float

@@ -9,11 +9,13 @@ from pydantic import Field
 
 from rayrlhf.config.base import PositiveInt, Section
 
-__all__ = ["DataConfig"]
+__all__ = ["SOURCE_FIELDS", "DataConfig"]
+
+SOURCE_FIELDS = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
 
 
 class DataConfig(Section):
-    """A source is a file (.jsonl, .jsonl.gz, .parquet, .txt, .txt.gz) or a Hugging Face name `org/name[:split]`."""
+    """A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .txt.gz) or a Hugging Face name `org/name:split`."""
 
     root: Path | None = None
     """Folder that relative file names start from; the environment's RAYRLHF_HUMAN_DATA when None."""

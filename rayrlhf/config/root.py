@@ -6,11 +6,12 @@ from pydantic import model_validator
 
 from rayrlhf.config.base import Section
 from rayrlhf.config.cluster import ClusterConfig
-from rayrlhf.config.data import DataConfig
+from rayrlhf.config.data import SOURCE_FIELDS, DataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
 from rayrlhf.config.run import CheckpointConfig, RunConfig, StageName, TrackingConfig
 from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
+from rayrlhf.config.world import WorldConfig
 
 __all__ = ["Config"]
 
@@ -19,6 +20,7 @@ class Config(Section):
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig = DataConfig()
+    world: WorldConfig = WorldConfig()
     cluster: ClusterConfig = ClusterConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
@@ -36,6 +38,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _stages_have_data(self) -> Config:
+        if self.world.name:
+            if any(getattr(self.data, field) for field in ("root", *SOURCE_FIELDS)):
+                raise ValueError("world.name and the files of the data section contradict each other: keep one")
+            return self  # the world's files fill data.* before anything reads it
         needs = {"pretrain": "text", "sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}
         for stage in self.stages():
             if not getattr(self.data, needs[stage]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,9 @@ PHASES = ("generate", "score", "estimate", "update", "publish", "save")
 class StepClock:
     """Times the phases of a step; what lies between them is `time/other_s`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
+        """`on_phase` hears the name of each phase as it begins."""
+        self._on_phase = on_phase
         self._origin = perf_counter()
         self._step_start = self._origin
         self._seconds: dict[str, float] = {}
@@ -30,6 +32,7 @@ class StepClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = perf_counter()
+        self._on_phase(name)
         try:
             yield
         finally:

@@ -1,0 +1,47 @@
+"""Joining or starting Ray, quietly, and leaving it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+import ray
+
+from rayrlhf.actors.placement import check_resources, required
+from rayrlhf.config import Config
+
+__all__ = ["connect", "disconnect"]
+
+
+def connect(config: Config) -> None:
+    """Start Ray here, or join `cluster.address`; then check that it has what the config asks for.
+
+    Raises:
+        ResourceError: it does not.
+    """
+    # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = config.cluster.address is None
+    needs = required(config)
+    ray.init(
+        address=None if local else config.cluster.address,
+        namespace=f"rayrlhf-{config.run.name}",
+        # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
+        num_cpus=max(os.cpu_count() or 1, math.ceil(needs["CPU"])) if local else None,
+        include_dashboard=False if local else None,
+        log_to_driver=False,  # actors write to files of their own
+        configure_logging=False,
+        logging_level=logging.ERROR,
+    )
+    try:
+        check_resources(config, ray.cluster_resources())
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def disconnect() -> None:
+    """Leave Ray; a Ray that `connect` started ends with all its actors."""
+    ray.shutdown()

@@ -1,0 +1,1 @@
+"""What survives a run on disk: artifacts.py holds finished stages, with their lineage."""

@@ -1,0 +1,98 @@
+"""What a stage leaves behind: a folder named by the hash of everything that went into it.
+
+    <output>/artifacts/<stage>-<key>/
+        artifact.json     stage, key, inputs, parents (stage -> key), result
+        model/            Hugging Face format, tokenizer included
+        ...               what else the stage wrote
+
+The folder appears under its name only when it is complete, so a folder that is there can be used. A stage whose
+inputs have not changed finds its folder and is not run again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Artifact", "ArtifactStore", "content_key", "hash_model_folder"]
+
+RECORD = "artifact.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    stage: str
+    key: str
+    folder: Path
+    result: Mapping[str, Any]
+    parents: Mapping[str, str]
+
+    @property
+    def model(self) -> str:
+        return str(self.folder / "model")
+
+
+class ArtifactStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The finished artifact of that name, if there is one."""
+        folder = self.root / f"{stage}-{key}"
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return Artifact(stage, key, folder, record["result"], record["parents"])
+
+    def workspace(self, stage: str, key: str) -> Path:
+        """An empty folder to build the artifact in; what an earlier, broken attempt left there is removed."""
+        folder = self.root / f".{stage}-{key}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def finish(
+        self,
+        workspace: Path,
+        stage: str,
+        key: str,
+        inputs: Mapping[str, Any],
+        parents: Mapping[str, str],
+        result: Mapping[str, Any],
+    ) -> Artifact:
+        """Write the record, flush it, and give the folder its name in one rename."""
+        record = {"stage": stage, "key": key, "parents": dict(parents), "inputs": inputs, "result": dict(result)}
+        with open(workspace / RECORD, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2, default=str)
+            file.flush()
+            os.fsync(file.fileno())
+        final = self.root / f"{stage}-{key}"
+        shutil.rmtree(final, ignore_errors=True)
+        workspace.rename(final)
+        return Artifact(stage, key, final, result, parents)
+
+
+def content_key(inputs: Mapping[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of the inputs as canonical JSON."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def hash_model_folder(path: str) -> str:
+    """Identifies a model given from outside: a hash of its files, or its name when it is not a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,97 @@
+"""The commands. Thin: read the config, call the stage, turn errors into one message and an exit code.
+
+Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayrlhf.config import Config, load_config
+from rayrlhf.errors import USER_ERRORS, RayRLHFError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="RLHF on Ray: the whole InstructGPT recipe.")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print config and placement, start nothing.")]
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """All stages in a row: pretrain, sft, reward, ppo. A stage whose inputs have not changed is not run again."""
+    _run(load_config(config, overrides or ()), dry_run)
+
+
+@app.command()
+def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """A causal LM from scratch on plain text, with its tokenizer."""
+    _run_one("pretrain", config, overrides, dry_run)
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    _run_one("sft", config, overrides, dry_run)
+
+
+@app.command()
+def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """A reward model from rankings."""
+    _run_one("reward", config, overrides, dry_run)
+
+
+@app.command()
+def ppo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """PPO of the SFT model against the reward model."""
+    _run_one("ppo", config, overrides, dry_run)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one message, never a traceback."""
+    error = Console(stderr=True)
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        error.print("interrupted; every actor is gone")
+        sys.exit(130)
+    except USER_ERRORS as problem:
+        _print(error, problem)
+        sys.exit(2)
+    except RayRLHFError as problem:
+        _print(error, problem)
+        sys.exit(1)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as problem:
+        # Click's usage errors know how to show themselves.
+        if not hasattr(problem, "show"):
+            raise
+        problem.show()
+        sys.exit(2)
+
+
+def _run_one(stage: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
+    _run(load_config(config, [*(overrides or ()), f"run.stages=[{stage}]"]), dry_run)
+
+
+def _run(config: Config, dry_run: bool) -> None:
+    from rayrlhf.stages.run import run as run_stages  # torch and Ray: only once the config is known to be good
+
+    run_stages(config, Console(), dry_run)
+
+
+def _print(console: Console, problem: Exception) -> None:
+    console.print(f"[bold red]{type(problem).__name__}[/]: ", end="")
+    console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

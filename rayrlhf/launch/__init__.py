@@ -1,0 +1,1 @@
+"""Around a run: supported.py compares installed versions with the tested ones."""

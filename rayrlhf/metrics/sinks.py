@@ -1,0 +1,82 @@
+"""Where numbers go: metrics.jsonl, samples.jsonl, and wandb when asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["JsonLines", "RunSink", "WandbSink"]
+
+
+class JsonLines:
+    """One JSON object a line, flushed at once so that `tail -f` follows the run."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        # JSON has no NaN: a number that could not be computed is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class WandbSink:
+    """Numbers to Weights & Biases; offline (files under the run's folder) when there is no login."""
+
+    def __init__(self, mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            mode = "offline"
+        self.mode = mode
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            dir=str(folder),
+            config=dict(config),
+            mode="offline" if mode == "offline" else "online",
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        stage = record.get("stage", "")
+        numbers = {f"{stage}/{k}": v for k, v in record.items() if isinstance(v, int | float)}
+        self._run.log(numbers)
+
+    def close(self) -> None:
+        self._run.finish(quiet=True)
+
+
+class RunSink:
+    """The run's metrics.jsonl and samples.jsonl, wandb beside them; each record is marked with its stage."""
+
+    def __init__(self, folder: Path, wandb: WandbSink | None) -> None:
+        self._metrics = JsonLines(folder / "metrics.jsonl")
+        self._samples = JsonLines(folder / "samples.jsonl")
+        self._wandb = wandb
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._metrics.write(record)
+        if self._wandb:
+            self._wandb.write(record)
+
+    def write_sample(self, record: Mapping[str, Any]) -> None:
+        self._samples.write(record)
+
+    def close(self) -> None:
+        for sink in (self._metrics, self._samples, self._wandb):
+            if sink:
+                sink.close()
+
+
+def read_jsonl(path: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]

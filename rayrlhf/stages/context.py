@@ -1,0 +1,41 @@
+"""What every stage gets: the config, the data, the run's folder and sinks, and Ray once somebody needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from rayrlhf.actors.cluster import connect, disconnect
+from rayrlhf.config import Config
+from rayrlhf.metrics.sinks import RunSink
+from rayrlhf.stages.datasets import Datasets
+
+__all__ = ["StageContext"]
+
+
+@dataclass
+class StageContext:
+    config: Config
+    data: Datasets
+    folder: Path
+    """of the run: logs, metrics, model"""
+    sink: RunSink
+    console: Console
+    _connected: bool = field(default=False, init=False)
+
+    def ensure_ray(self) -> None:
+        """Start or join Ray, once, and check that it has what the config asks for."""
+        if not self._connected:
+            connect(self.config)
+            self._connected = True
+
+    def close(self) -> None:
+        if self._connected:
+            disconnect()
+        self.sink.close()
+
+    def log(self, name: str) -> str:
+        """Path of an actor's log file."""
+        return str((self.folder / "logs" / f"{name}.log").resolve())

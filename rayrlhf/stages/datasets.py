@@ -1,0 +1,129 @@
+"""The config's data, read once, checked, and turned into what each stage trains on. Everything here happens before
+any actor starts, so that a bad record costs seconds and not a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rayrlhf.config import Config
+from rayrlhf.data import prompts as tokenized
+from rayrlhf.data.chat import load_tokenizer
+from rayrlhf.data.prompts import LMExample, RankingExample
+from rayrlhf.data.readers import read_demonstrations, read_prompts, read_rankings, read_text
+from rayrlhf.data.split import split_by_prompt
+from rayrlhf.data.tokenizer import train_tokenizer
+from rayrlhf.types import PromptTokens
+
+__all__ = ["Datasets", "Split"]
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Training and held-out examples of a stage, and what tokenizing did to them."""
+
+    train: list[Any]
+    heldout: list[Any]
+    counts: dict[str, Any]
+
+
+class Datasets:
+    """Lazy: a stage that is not run reads nothing."""
+
+    def __init__(self, config: Config, tokenizer_path: str | None) -> None:
+        """`tokenizer_path` names a finished tokenizer; None trains one on `data.text`."""
+        self._config = config
+        self._tokenizer_path = tokenizer_path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        model = self._config.model
+        if self._tokenizer_path is not None:
+            return load_tokenizer(self._tokenizer_path, model.chat_template, model.trust_remote_code)
+        assert model.from_scratch is not None
+        texts = [t.text for t in self._texts]
+        # Prompts and answers are written in other words than the text: the vocabulary should know both.
+        texts += [d.response for d in self._demonstrations] + [t for d in self._demonstrations for _, t in d.prompt]
+        return train_tokenizer(texts, model.from_scratch.vocab_size)
+
+    @cached_property
+    def pretrain(self) -> Split:
+        """Blocks of the model's whole context; every 1/heldout_fraction-th is held out."""
+        scratch = self._config.model.from_scratch
+        assert scratch is not None
+        blocks = tokenized.pack_text(self.tokenizer, self._texts, scratch.context)
+        examples = [LMExample(block, 0, "") for block in blocks]
+        fraction = self._config.data.heldout_fraction
+        held = np.zeros(len(blocks), dtype=bool)
+        if fraction and len(blocks) > 1:
+            held[:: max(2, round(1 / fraction))] = True
+        train = [e for e, h in zip(examples, held, strict=True) if not h]
+        heldout = [e for e, h in zip(examples, held, strict=True) if h]
+        return Split(train, heldout, {"blocks": len(blocks), "context": scratch.context})
+
+    @cached_property
+    def sft(self) -> Split:
+        data, longest = self._config.data, self._config.sft.max_response_tokens
+        train, heldout = split_by_prompt(self._demonstrations, data.heldout_fraction, self._config.run.seed)
+        limits = (data.max_prompt_tokens, data.max_prompt_tokens + longest, data.overlong_prompts)
+        examples, report = tokenized.tokenize_demonstrations(self.tokenizer, train, *limits)
+        held: list[LMExample] = []
+        if heldout:
+            held, _ = tokenized.tokenize_demonstrations(self.tokenizer, heldout, *limits)
+        return Split(examples, held, asdict(report))
+
+    @cached_property
+    def reward(self) -> Split:
+        """Held out: `data.heldout_rankings`, or a share of the prompts where there are none."""
+        data, longest = self._config.data, self._config.reward.max_response_tokens
+        train: Sequence[Any] = self._first(read_rankings(data.rankings, data.root, "train"))
+        if data.heldout_rankings:
+            heldout: Sequence[Any] = self._first(read_rankings(data.heldout_rankings, data.root, "test"))
+        else:
+            train, heldout = split_by_prompt(train, data.heldout_fraction, self._config.run.seed)
+        limits = (data.max_prompt_tokens, data.max_prompt_tokens + longest, data.overlong_prompts)
+        examples, report = tokenized.tokenize_rankings(self.tokenizer, train, *limits)
+        held: list[RankingExample] = []
+        held_counts: dict[str, Any] = {}
+        if heldout:
+            held, held_report = tokenized.tokenize_rankings(self.tokenizer, heldout, *limits)
+            held_counts = {f"heldout_{k}": v for k, v in asdict(held_report).items()}
+        return Split(examples, held, asdict(report) | held_counts)
+
+    @cached_property
+    def prompts(self) -> tuple[list[PromptTokens], dict[str, Any]]:
+        data = self._config.data
+        records = self._first(read_prompts(data.prompts, data.root))
+        kept, report = tokenized.tokenize_prompts(
+            self.tokenizer, records, data.max_prompt_tokens, data.overlong_prompts
+        )
+        return kept, asdict(report)
+
+    @cached_property
+    def _texts(self) -> list[Any]:
+        return self._first(read_text(self._config.data.text, self._config.data.root))
+
+    @cached_property
+    def _demonstrations(self) -> list[Any]:
+        return self._first(read_demonstrations(self._config.data.demonstrations, self._config.data.root))
+
+    def _first(self, records: list[E]) -> list[E]:
+        """At most `data.max_records` of each source label, in file order."""
+        limit = self._config.data.max_records
+        if limit is None:
+            return records
+        seen: dict[str, int] = {}
+        kept = []
+        for record in records:
+            source = getattr(record, "source", "")
+            seen[source] = seen.get(source, 0) + 1
+            if seen[source] <= limit:
+                kept.append(record)
+        return kept

@@ -1,0 +1,104 @@
+"""What goes into each stage, as JSON; its hash names the stage's artifact, so unchanged inputs are not run again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
+from rayrlhf.config import Config
+from rayrlhf.config.run import STAGES, StageName
+from rayrlhf.data.readers import fingerprint_sources
+from rayrlhf.errors import ConfigError
+
+__all__ = ["PARENTS", "Lineage"]
+
+# Raise when a stage comes to compute something else from the same inputs.
+RECIPE_VERSION = 1
+
+PARENTS: dict[StageName, tuple[StageName, ...]] = {
+    "pretrain": (),
+    "sft": ("pretrain",),
+    "reward": ("sft",),
+    "ppo": ("sft", "reward"),
+}
+SOURCES: dict[StageName, tuple[str, ...]] = {
+    "pretrain": ("text", "demonstrations"),  # the tokenizer learns from both
+    "sft": ("demonstrations",),
+    "reward": ("rankings", "heldout_rankings", "demonstrations"),
+    "ppo": ("prompts",),
+}
+SECTIONS: dict[StageName, tuple[str, ...]] = {
+    "pretrain": ("pretrain",),
+    "sft": ("sft",),
+    "reward": ("reward",),
+    "ppo": ("ppo", "rollout", "weights"),
+}
+
+
+class Lineage:
+    """The keys of all stages of a config, and where their models are."""
+
+    def __init__(self, config: Config, store: ArtifactStore) -> None:
+        self._config = config
+        self._store = store
+        self._inputs: dict[StageName, dict[str, Any]] = {}
+        self._keys: dict[StageName, str] = {}
+        given = {"pretrain": config.model.path, "sft": config.sft.path, "reward": config.reward.path, "ppo": None}
+        self._given: dict[StageName, str] = {s: path for s in STAGES if (path := given[s])}
+        for stage in STAGES:  # in order: a stage's key holds its parents'
+            if stage in self._given:
+                self._keys[stage] = hash_model_folder(self._given[stage])
+            else:
+                self._inputs[stage] = self._collect(stage)
+                self._keys[stage] = content_key(self._inputs[stage])
+
+    def key(self, stage: StageName) -> str:
+        return self._keys[stage]
+
+    def inputs(self, stage: StageName) -> dict[str, Any]:
+        return self._inputs[stage]
+
+    def parent_keys(self, stage: StageName) -> dict[str, str]:
+        return {parent: self._keys[parent] for parent in PARENTS[stage]}
+
+    def finished(self, stage: StageName) -> Artifact | None:
+        return None if stage in self._given else self._store.find(stage, self._keys[stage])
+
+    def model(self, stage: StageName) -> str | None:
+        """Path or name of the stage's model, if there is one yet."""
+        if stage in self._given:
+            return self._given[stage]
+        artifact = self.finished(stage)
+        return artifact.model if artifact else None
+
+    def parent_models(self, stage: StageName) -> dict[str, str]:
+        """Raises ConfigError naming the parent stage that has not been run."""
+        models: dict[str, str] = {}
+        for parent in PARENTS[stage]:
+            path = self.model(parent)
+            if path is None:
+                setting = "model.path" if parent == "pretrain" else f"{parent}.path"
+                raise ConfigError(
+                    f"{stage} starts from the {parent} model, and there is none for this config",
+                    f"run `rayrlhf run` or `rayrlhf {parent}` first, or name one with {setting}",
+                )
+            models[parent] = path
+        return models
+
+    def _collect(self, stage: StageName) -> dict[str, Any]:
+        config = self._config
+        sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in SOURCES[stage]}
+        roles = ("train",) if stage != "ppo" else ("policy", "reference", "reward", "value", "rollout")
+        limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
+        return {
+            "recipe": RECIPE_VERSION,
+            "stage": stage,
+            "seed": config.run.seed,
+            "model": config.model.model_dump(mode="json"),
+            "sections": {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[stage]},
+            "sources": sources,
+            "limits": {name: getattr(config.data, name) for name in limits},
+            "device": config.cluster.device,
+            "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
+            "parents": {parent: self._keys[parent] for parent in PARENTS[stage]},
+        }

@@ -1,0 +1,256 @@
+"""`ppo`: config -> actors -> loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import psutil
+import ray
+
+from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.models import ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
+from rayrlhf.actors.placement import plan_ppo
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, memory_per_role
+from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
+from rayrlhf.config import Config
+from rayrlhf.driver.loop import Parts, run_ppo
+from rayrlhf.driver.pacing import PromptStream, SyncPacing
+from rayrlhf.engines.deepspeed import LearnerSettings
+from rayrlhf.engines.learning import EstimateSettings, UpdateSettings
+from rayrlhf.engines.schedule import linear_warmup
+from rayrlhf.engines.vllm import EngineSettings
+from rayrlhf.metrics.clock import StepClock
+from rayrlhf.models.build import context_length, read_config
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.progress import StageProgress
+from rayrlhf.stages.saving import PolicySaver
+from rayrlhf.weights.probe import probe_sequences
+from rayrlhf.weights.publish import WeightPublisher
+
+__all__ = ["run_ppo_stage"]
+
+# float32: both passes run the same code on the same weights, so only summation order can differ (RECIPE detail 1).
+MAX_FIRST_LOG_RATIO = 1e-4
+
+
+def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
+    """PPO of the SFT model against the reward model; leaves model/ and value/ in the workspace."""
+    context.ensure_ray()
+    return asyncio.run(_Run(context, parents, workspace).run())
+
+
+class _Run:
+    """One PPO run: its actor groups from start to end."""
+
+    def __init__(self, context: StageContext, parents: dict[str, str], workspace: Path) -> None:
+        self.context = context
+        self.config = context.config
+        self.parents = parents
+        self.workspace = workspace
+        self.groups: dict[str, ActorGroup] = {}
+
+    async def run(self) -> dict[str, Any]:
+        start = perf_counter()
+        with StageProgress(self.context.console, "ppo") as progress:
+            try:
+                progress.phase("starting")
+                await self._start_actors()
+                ready = perf_counter()
+                history = await self._loop(progress)
+                progress.phase("saving")
+                await self._save_final()
+            finally:
+                self._stop_actors()
+        _, counts = self.context.data.prompts
+        return _summary(history) | {"data": counts, "start_seconds": ready - start}
+
+    async def _start_actors(self) -> None:
+        """All roles at once: each waits mostly for its own imports."""
+        config, timeout = self.config, self.config.cluster.start_timeout_s
+        for placement in plan_ppo(config):
+            self.groups[placement.role] = ActorGroup(placement, config.cluster.call_timeout_s)
+        prompts, _ = self.context.data.prompts
+        prompts_handle = ray.put(prompts)
+        classes = {"policy": PolicyActor, "reference": ReferenceActor, "reward": RewardActor, "value": ValueActor}
+
+        async def start_model(role: str) -> None:
+            group, settings = self.groups[role], self._model_settings(role)
+            logs = [(self.context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
+            await group.spawn(classes[role], logs, timeout)
+            meeting = await group.rendezvous(config.cluster.device, timeout)
+            await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
+
+        async def start_engines() -> None:
+            group, settings = self.groups["rollout"], self._engine_settings()
+            logs = [(self.context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
+            await group.spawn(RolloutActor, logs, timeout)
+            await group.call("start", prompts_handle, timeout_s=timeout)
+
+        await asyncio.gather(start_engines(), *(start_model(role) for role in classes))
+
+    async def _loop(self, progress: StageProgress) -> list[dict[str, Any]]:
+        config, ppo = self.config, self.config.ppo
+        clock = StepClock(on_phase=progress.phase)
+        prompts, _ = self.context.data.prompts
+        stream = PromptStream([p.prompt_id for p in prompts], config.run.seed)
+        publisher = WeightPublisher(self._probe_rows(), config.model.dtype, config.weights.probe_tolerance)
+        pool = EnginePool(self.groups["rollout"], self.groups["policy"], publisher)
+        learners = LearnerRoles(
+            self.groups["policy"],
+            self.groups["value"],
+            ppo.minibatch_size,
+            ppo.epochs,
+            config.run.seed,
+            lambda step: (
+                linear_warmup(step, ppo.learning_rate, ppo.warmup_steps),
+                linear_warmup(step, ppo.value_learning_rate, ppo.warmup_steps),
+            ),
+        )
+        sink = _StageSink(self.context, progress, ppo.steps)
+        parts = Parts(
+            rollout=pool,
+            scorers=ScorerRoles([self.groups[r] for r in ("policy", "reference", "reward", "value")]),
+            learners=learners,
+            weights=pool,
+            checkpoints=PolicySaver(self.groups, self.context, config.checkpoint),
+            sink=sink,
+            clock=clock,
+            gauges=self._gauges,
+        )
+        kl = AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(ppo.kl.coef)
+        try:
+            await run_ppo(parts, SyncPacing(stream, ppo.batch_size, ppo.steps, clock), kl)
+        finally:
+            clock.save(self.workspace / "trace.json")
+        return sink.history
+
+    async def _gauges(self) -> dict[str, float]:
+        memory = await memory_per_role(list(self.groups.values()))
+        return memory | {"memory/driver_gib": psutil.Process().memory_info().rss / 2**30}
+
+    async def _save_final(self) -> None:
+        saver = PolicySaver(self.groups, self.context, self.config.checkpoint)
+        await saver.save_to(self.workspace)
+        self.context.data.tokenizer.save_pretrained(self.workspace / "model")
+
+    def _stop_actors(self) -> None:
+        for group in self.groups.values():
+            group.close()
+
+    def _probe_rows(self) -> list[list[int]]:
+        vocabulary = len(self.context.data.tokenizer)
+        return probe_sequences(vocabulary, self.config.weights.probe_tokens, self._context_tokens())
+
+    def _context_tokens(self) -> int:
+        """Longest sequence of a step; what the engine's key/value cache is sized for."""
+        asked = self.config.data.max_prompt_tokens + self.config.rollout.max_tokens
+        model = context_length(read_config(self.parents["sft"], self.config.model.trust_remote_code))
+        return min(asked, model) if model else asked
+
+    def _engine_settings(self) -> EngineSettings:
+        config = self.config
+        return EngineSettings(
+            model=self.parents["sft"],
+            dtype=config.model.dtype,
+            device=config.cluster.device,
+            context=self._context_tokens(),
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            tensor_parallel=config.rollout.tensor_parallel,
+            threads=config.cluster.rollout.threads,
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            max_sequences=config.rollout.max_sequences,
+            transport=config.weights.transport,
+            eos=self.context.data.tokenizer.eos_token_id,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+    def _model_settings(self, role: str) -> ModelSettings:
+        config, ppo = self.config, self.config.ppo
+        frozen = role in ("reference", "reward")
+        exact = config.model.dtype == "float32"
+        return ModelSettings(
+            # The value model starts from the reward model, its head included (Ouyang et al. 2022, appendix C.4).
+            path=self.parents["sft" if role in ("policy", "reference") else "reward"],
+            dtype=config.model.dtype,
+            device=config.cluster.device,
+            trust_remote_code=config.model.trust_remote_code,
+            micro_batch_tokens=ppo.micro_batch_tokens,
+            zero_stage=ppo.frozen_zero_stage if frozen else ppo.zero_stage,
+            temperature=config.rollout.temperature,
+            learner=None if frozen else _learner_settings(config, role),
+            estimate=EstimateSettings(ppo.kl.kind, ppo.gamma, ppo.lam),
+            update=UpdateSettings(
+                clip=ppo.clip if role == "policy" else ppo.value_clip,
+                micro_batch_tokens=ppo.micro_batch_tokens,
+                temperature=config.rollout.temperature,
+                max_first_log_ratio=MAX_FIRST_LOG_RATIO if role == "policy" and exact else None,
+            ),
+            transport=config.weights.transport,
+            bucket_bytes=int(config.weights.bucket_mib * 2**20),
+            run=config.run.name,
+            samples=config.tracking.samples_per_step,
+        )
+
+
+def _learner_settings(config: Config, role: str) -> LearnerSettings:
+    ppo = config.ppo
+    return LearnerSettings(
+        zero_stage=ppo.zero_stage,
+        dtype=config.model.dtype,
+        device=config.cluster.device,
+        learning_rate=ppo.learning_rate if role == "policy" else ppo.value_learning_rate,
+        betas=ppo.adam.betas,
+        eps=ppo.adam.eps,
+        weight_decay=ppo.adam.weight_decay,
+        grad_clip=ppo.adam.grad_clip,
+    )
+
+
+class _StageSink:
+    """The loop's records: to the run's sinks, the progress bar, and the summary."""
+
+    def __init__(self, context: StageContext, progress: StageProgress, steps: int) -> None:
+        self._context = context
+        self._progress = progress
+        self._steps = steps
+        self.history: list[dict[str, Any]] = []
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._context.sink.write({"stage": "ppo", **record})
+        keys = (
+            "reward/mean",
+            "kl/mean",
+            "response/length_mean",
+            *(k for k in record if k.startswith(("time/", "mem"))),
+        )
+        self.history.append({key: record[key] for key in keys})
+        shown = {"reward": record["reward/mean"], "kl": record["kl/mean"], "length": record["response/length_mean"]}
+        self._progress.step(record["step"], self._steps, shown)
+
+    def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        for sample in samples:
+            self._context.sink.write_sample({"step": step, **sample})
+
+
+def _summary(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Means over the first and the last tenth of the steps, seconds per phase, memory per role."""
+    tenth = max(1, len(history) // 10)
+
+    def mean(key: str, rows: Sequence[Mapping[str, float]]) -> float:
+        return sum(row[key] for row in rows) / len(rows)
+
+    names = ("reward/mean", "kl/mean", "response/length_mean")
+    return {
+        "steps": len(history),
+        "first": {n: mean(n, history[:tenth]) for n in names},
+        "last": {n: mean(n, history[-tenth:]) for n in names},
+        "seconds_per_step": {k: mean(k, history) for k in history[0] if k.startswith("time/")},
+        "memory_gib": {k: max(row[k] for row in history) for k in history[0] if k.startswith("memory/")},
+    }

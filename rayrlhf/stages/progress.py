@@ -1,0 +1,74 @@
+"""What a person sees while a stage runs: its phase, its newest numbers, a bar and an ETA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import monotonic
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+__all__ = ["StageProgress"]
+
+# Without a terminal (CI, a log file) a line each so many seconds takes the bar's place.
+LINE_EVERY_S = 15.0
+
+
+class StageProgress:
+    """A live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, stage: str) -> None:
+        self._console = console
+        self._stage = stage
+        self._phase, self._numbers = "preparing", ""
+        self._done, self._total = 0, 0
+        self._start = self._last_line = monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.fields[stage]:<9}"),
+                TextColumn("{task.fields[phase]:<11}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("eta"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task("", total=None, stage=stage, phase=self._phase, numbers="")
+
+    def __enter__(self) -> StageProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def phase(self, name: str) -> None:
+        self._phase = name
+        if self._bar:
+            self._bar.update(self._task, phase=name)
+
+    def step(self, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        """`done` of `total` steps are over; `numbers` are shown as they are named."""
+        self._done, self._total = done, total
+        self._numbers = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, numbers=self._numbers)
+        elif monotonic() - self._last_line >= LINE_EVERY_S or done == total:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = monotonic()
+        elapsed = self._last_line - self._start
+        eta = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+        self._console.print(
+            f"{self._stage:<9} {self._done}/{self._total}  {elapsed:.0f}s, eta {eta:.0f}s  {self._numbers}",
+            highlight=False,
+        )

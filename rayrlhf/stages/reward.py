@@ -1,0 +1,94 @@
+"""`reward`: the reward model, from rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rayrlhf.data.prompts import RankingExample
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.training import TrainingJob, fetch, run_training, worker_log
+
+__all__ = ["pair_accuracy", "run_reward"]
+
+
+def run_reward(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
+    """The SFT model with a scalar head on rankings, then shifted so that demonstrations average 0."""
+    split = context.data.reward
+    demonstrations = context.data.sft.train if context.config.data.demonstrations else []
+    result = run_training(
+        context,
+        "reward",
+        context.config.reward,
+        _train_reward_model,
+        (split.train, split.heldout, [d.tokens for d in demonstrations]),
+        workspace,
+        model=parents["sft"],
+    )
+    context.data.tokenizer.save_pretrained(workspace / "model")
+    return result | {"data": split.counts}
+
+
+def pair_accuracy(examples: Sequence[RankingExample], scores: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Per source: the share of ranked pairs whose better response scores higher, and what "longer wins" would get.
+
+    Ties in rank are no pairs; equal scores, or equal lengths for the rule, count half.
+
+    Returns:
+        source -> {pairs, accuracy, longer_wins}; never pooled, since one source's rule may be another's trap.
+    """
+    table: dict[str, list[tuple[float, float]]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        for better, worse in _pairs(example.ranks):
+            lengths = example.response_chars
+            won = (_win(score[better], score[worse]), _win(lengths[better], lengths[worse]))
+            table.setdefault(example.source, []).append(won)
+    return {
+        source: {
+            "pairs": len(rows),
+            "accuracy": sum(r[0] for r in rows) / len(rows),
+            "longer_wins": sum(r[1] for r in rows) / len(rows),
+        }
+        for source, rows in sorted(table.items())
+    }
+
+
+def _pairs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(better, worse) indices of every pair that is not a tie."""
+    for a, b in combinations(range(len(ranks)), 2):
+        if ranks[a] != ranks[b]:
+            yield (a, b) if ranks[a] < ranks[b] else (b, a)
+
+
+def _win(better: float, worse: float) -> float:
+    return 0.5 if better == worse else float(better > worse)
+
+
+def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
+    """Worker: train, normalise, measure held-out accuracy, save."""
+    from rayrlhf.engines.deepspeed import Learner
+    from rayrlhf.engines.supervised import RankingTask, score_sequences, train
+    from rayrlhf.models.build import new_scalar
+
+    assert job.model is not None
+    model = new_scalar(job.model, job.trust_remote_code, job.seed)
+    learner = Learner(model, job.learner)
+    log = worker_log(job, learner.rank)
+    examples, heldout, demonstrations = fetch(job)
+    budget = job.train.micro_batch_tokens
+    log({"phase": "training"})
+    trained = train(learner, RankingTask(examples), job.train, log)
+    result: dict[str, Any] = {"examples": len(examples)} | {f"train_{k}": v for k, v in trained.items()}
+    log({"phase": "evaluating"})
+    if demonstrations:
+        scores = score_sequences(learner, demonstrations, budget)
+        model.normalise(sum(scores) / len(scores), 1.0)
+        result["normalisation"] = {"bias": model.bias, "scale": model.scale, "demonstrations": len(scores)}
+    if heldout:
+        task: RankingTask[Any] = RankingTask(heldout)
+        result["accuracy"] = pair_accuracy(heldout, task.scores(learner, budget))
+    log({"phase": "saving"})
+    learner.save_pretrained(model.classifier, Path(job.workspace) / "model")
+    return result

@@ -1,0 +1,166 @@
+"""`rayrlhf run`: the stages in a row, each at most once for the same inputs.
+
+config ─► preflight ─► pretrain ─► sft ─► reward ─► ppo ─► runs/<name>/{model, summary.json, ...}
+                          │          │       │        │
+                          └──────────┴───────┴────────┴──► artifacts/<stage>-<hash of its inputs>/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+
+from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
+from rayrlhf.config import Config, dump_config
+from rayrlhf.config.run import StageName
+from rayrlhf.launch.supported import installed_versions, unsupported
+from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
+from rayrlhf.stages import preflight
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.datasets import Datasets
+from rayrlhf.stages.language import run_pretrain, run_sft
+from rayrlhf.stages.lineage import Lineage
+from rayrlhf.stages.ppo import run_ppo_stage
+from rayrlhf.stages.reward import run_reward
+from rayrlhf.stages.summary import show_placement, show_summary
+from rayrlhf.stages.world import with_world
+
+__all__ = ["run"]
+
+BODIES: dict[StageName, Callable[[StageContext, dict[str, str], Path], dict[str, Any]]] = {
+    "pretrain": run_pretrain,
+    "sft": run_sft,
+    "reward": run_reward,
+    "ppo": run_ppo_stage,
+}
+
+
+def run(config: Config, console: Console, dry_run: bool = False) -> Path:
+    """Check everything, then run the stages that are not done yet. Returns the run's folder.
+
+    Raises:
+        ConfigError, DataError, ModelError, ResourceError: before any actor starts.
+    """
+    config = with_world(config)
+    preflight.check_files(config)
+    preflight.check_models(config)
+    store = ArtifactStore((config.run.output / "artifacts").resolve())
+    lineage = Lineage(config, store)
+    todo = [stage for stage in config.stages() if lineage.finished(stage) is None]
+    tokenizer = config.sft.path or config.model.path or lineage.model("pretrain")
+    data = Datasets(config, tokenizer)
+    preflight.check_data(config, data, todo)
+    _check_parents(config, lineage)
+    if dry_run:
+        console.print(dump_config(config), highlight=False, markup=False)
+        show_placement(console, config, todo)
+        return config.run.output / config.run.name
+    for problem in unsupported():
+        console.print(f"[yellow]{problem}[/]")
+    return _Run(config, console, store, lineage, data).execute()
+
+
+def _check_parents(config: Config, lineage: Lineage) -> None:
+    """A stage asked for alone finds what it starts from; in a chain its parents come first."""
+    first = config.stages()[0] if config.stages() else None
+    if first and len(config.stages()) == 1:
+        lineage.parent_models(first)
+
+
+class _Run:
+    def __init__(
+        self, config: Config, console: Console, store: ArtifactStore, lineage: Lineage, data: Datasets
+    ) -> None:
+        self.config = config
+        self.console = console
+        self.store = store
+        self.lineage = lineage
+        self.data = data
+        self.folder = (config.run.output / config.run.name).resolve()
+
+    def execute(self) -> Path:
+        self._prepare_folder()
+        context = StageContext(self.config, self.data, self.folder, RunSink(self.folder, self._wandb()), self.console)
+        summary: dict[str, Any] = {
+            "name": self.config.run.name,
+            "seed": self.config.run.seed,
+            "versions": installed_versions(),
+            "stages": {},
+        }
+        try:
+            for stage in self.config.stages():
+                summary["stages"][stage] = self._stage(context, stage)
+        finally:
+            context.close()
+            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
+        show_summary(self.console, summary, self.folder)
+        return self.folder
+
+    def _stage(self, context: StageContext, stage: StageName) -> dict[str, Any]:
+        """Run the stage, or take what an earlier run left; either way its records end up in this run's files."""
+        key, parents = self.lineage.key(stage), self.lineage.parent_keys(stage)
+        artifact, start = self.lineage.finished(stage), perf_counter()
+        cached = artifact is not None
+        if artifact is None:
+            workspace = self.store.workspace(stage, key)
+            result = BODIES[stage](context, self.lineage.parent_models(stage), workspace)
+            result["seconds"] = perf_counter() - start
+            artifact = self.store.finish(workspace, stage, key, self.lineage.inputs(stage), parents, result)
+        else:
+            self.console.print(f"{stage:<9} done before with the same inputs ({artifact.folder.name})", highlight=False)
+            self._replay(context, artifact)
+        if stage == "ppo":
+            _link_tree(artifact.folder / "model", self.folder / "model")
+            _link_tree(artifact.folder / "trace.json", self.folder / "trace.json")
+        return {**artifact.result, "cached": cached, "key": key, "parents": parents}
+
+    def _replay(self, context: StageContext, artifact: Artifact) -> None:
+        if (artifact.folder / "metrics.jsonl").exists():
+            for record in read_jsonl(artifact.folder / "metrics.jsonl"):
+                if "step" in record:
+                    context.sink.write({"stage": artifact.stage, **record})
+        if (artifact.folder / "samples.jsonl").exists():
+            for record in read_jsonl(artifact.folder / "samples.jsonl"):
+                context.sink.write_sample(record)
+
+    def _prepare_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "trace.json"):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "logs", ignore_errors=True)
+        (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+
+    def _wandb(self) -> WandbSink | None:
+        tracking = self.config.tracking
+        if tracking.wandb == "off":
+            return None
+        settings = self.config.model_dump(mode="json")
+        sink = WandbSink(tracking.wandb, tracking.project, self.config.run.name, self.folder, settings)
+        if sink.mode != tracking.wandb:
+            self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
+        return sink
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links where the file system has them: the run's copy of a model costs no space."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_link)
+    else:
+        _link(str(source), str(target))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

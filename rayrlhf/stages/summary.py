@@ -1,0 +1,71 @@
+"""Tables on the console: what a run would place, and what it came to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rayrlhf.actors.placement import plan_ppo, plan_training, required
+from rayrlhf.config import Config
+
+__all__ = ["show_placement", "show_summary"]
+
+
+def show_placement(console: Console, config: Config, todo: Sequence[str]) -> None:
+    """Roles, ranks and what each rank gets; the stages that would run."""
+    table = Table(title="placement", title_justify="left")
+    for column in ("stage", "role", "ranks", "CPUs a rank", "GPUs a rank", "threads a rank"):
+        table.add_column(column, justify="left" if column in ("stage", "role") else "right")
+    training = [stage for stage in config.stages() if stage != "ppo"]
+    rows = [(", ".join(training), plan_training(config))] if training else []
+    if "ppo" in config.stages():
+        rows += [("ppo", placement) for placement in plan_ppo(config)]
+    for stage, p in rows:
+        table.add_row(stage, p.role, str(p.ranks), f"{p.cpus:g}", f"{p.gpus:g}", str(p.threads))
+    console.print(table)
+    needs = required(config)
+    console.print(f"needs at once: {needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs", highlight=False)
+    done = [stage for stage in config.stages() if stage not in todo]
+    console.print(f"would run: {', '.join(todo) or 'nothing'}; done before: {', '.join(done) or 'nothing'}")
+
+
+def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
+    """One row a stage, held-out reward accuracy per source, and where everything is."""
+    table = Table(title=f"run {summary['name']}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    table.add_column("result")
+    for stage, result in summary["stages"].items():
+        seconds = "cached" if result["cached"] else f"{result['seconds']:.0f}"
+        table.add_row(stage, seconds, _describe(stage, result))
+    console.print(table)
+    accuracy = summary["stages"].get("reward", {}).get("accuracy")
+    if accuracy:
+        console.print(_accuracy_table(accuracy))
+    console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
+
+
+def _describe(stage: str, result: Mapping[str, Any]) -> str:
+    if stage in ("pretrain", "sft"):
+        if "heldout_loss" not in result:
+            return f"train loss {result['train_loss']:.3f}"
+        return f"held-out loss {result['heldout_loss_before']:.3f} -> {result['heldout_loss']:.3f}"
+    if stage == "reward":
+        return f"train loss {result['train_loss']:.3f}"
+    first, last = result["first"], result["last"]
+    words = {"reward/mean": "reward", "kl/mean": "kl", "response/length_mean": "length"}
+    return ", ".join(f"{word} {first[name]:.3g} -> {last[name]:.3g}" for name, word in words.items())
+
+
+def _accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(title="reward model on held-out pairs", title_justify="left")
+    table.add_column("source")
+    for column in ("pairs", "accuracy", "longer wins"):
+        table.add_column(column, justify="right")
+    for source, row in accuracy.items():
+        table.add_row(source or "-", f"{row['pairs']:.0f}", f"{row['accuracy']:.3f}", f"{row['longer_wins']:.3f}")
+    return table

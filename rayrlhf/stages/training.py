@@ -1,0 +1,233 @@
+"""One supervised stage under Ray Train: the driver's side launches and watches, the worker's side trains.
+
+Both sides share the stage's workspace: the workers write metrics.jsonl, result.json and model/ there, the driver
+follows metrics.jsonl for the progress bar.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import ray
+
+from rayrlhf.actors.placement import plan_training
+from rayrlhf.config.training import SupervisedConfig
+from rayrlhf.engines.deepspeed import LearnerSettings
+from rayrlhf.engines.supervised import TrainSettings
+from rayrlhf.errors import ActorError, RayRLHFError
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.progress import StageProgress
+
+__all__ = ["TrainingJob", "learner_settings", "run_training", "train_settings"]
+
+WorkerBody = Callable[["TrainingJob"], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What each worker gets."""
+
+    stage: str
+    body: WorkerBody
+    """Runs on every worker; rank 0's return value becomes the stage's result."""
+    workspace: str
+    logs: tuple[str, ...]
+    """a log file per rank"""
+    device: str
+    threads: int
+    model: str | None
+    """folder or name of the model to start from"""
+    trust_remote_code: bool
+    seed: int
+    learner: LearnerSettings
+    train: TrainSettings
+    data: Any
+    """handle of the stage's own examples; the worker fetches them"""
+    extra: dict[str, Any]
+
+
+def run_training(
+    context: StageContext,
+    stage: str,
+    section: SupervisedConfig,
+    body: WorkerBody,
+    data: Any,
+    workspace: Path,
+    model: str | None,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Train on `cluster.train` workers; returns what rank 0's body returned.
+
+    Raises:
+        ActorError, or the error of ours that a worker raised.
+    """
+    context.ensure_ray()
+    config, placement = context.config, plan_training(context.config)
+    job = TrainingJob(
+        stage=stage,
+        body=body,
+        workspace=str(workspace.resolve()),
+        logs=tuple(context.log(f"{stage}-{rank}") for rank in range(placement.ranks)),
+        device=config.cluster.device,
+        threads=placement.threads,
+        model=model,
+        trust_remote_code=config.model.trust_remote_code,
+        seed=config.run.seed,
+        learner=learner_settings(config, section),
+        train=train_settings(config, section),
+        data=ray.put(data),
+        extra=extra,
+    )
+    with StageProgress(context.console, stage) as progress, _Follower(workspace / "metrics.jsonl") as follower:
+        follower.start(lambda record: _show(context, progress, stage, record))
+        _fit(context, job, workspace)
+    result: dict[str, Any] = json.loads((workspace / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def learner_settings(config: Any, section: SupervisedConfig) -> LearnerSettings:
+    return LearnerSettings(
+        zero_stage=section.zero_stage,
+        dtype=config.model.dtype,
+        device=config.cluster.device,
+        learning_rate=section.learning_rate,
+        betas=section.adam.betas,
+        eps=section.adam.eps,
+        weight_decay=section.adam.weight_decay,
+        grad_clip=section.adam.grad_clip,
+    )
+
+
+def train_settings(config: Any, section: SupervisedConfig) -> TrainSettings:
+    return TrainSettings(
+        learning_rate=section.learning_rate,
+        batch_size=section.batch_size,
+        epochs=section.epochs,
+        warmup_ratio=section.warmup_ratio,
+        final_lr_ratio=section.final_lr_ratio,
+        micro_batch_tokens=section.micro_batch_tokens,
+        log_every=section.log_every,
+        seed=config.run.seed,
+        max_steps=getattr(section, "max_steps", None),
+    )
+
+
+def _fit(context: StageContext, job: TrainingJob, workspace: Path) -> None:
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    placement = plan_training(context.config)
+    gpu = placement.gpus > 0
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=placement.ranks, use_gpu=gpu, resources_per_worker=placement.bundles()[0]
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str((workspace / "ray").resolve()),
+            worker_runtime_env={"env_vars": placement.environment()},
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _explain(error, job) from None
+
+
+def _explain(error: Exception, job: TrainingJob) -> Exception:
+    """A worker's own error if it is one of ours, else where to look."""
+    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
+        cause = getattr(failure, "cause", failure)
+        where = f"{job.stage} worker {rank}"
+        if isinstance(cause, RayRLHFError):
+            return type(cause)(f"{where}: {cause.message}", cause.hint)
+        return ActorError(f"{where} failed: {type(cause).__name__}: {str(cause)[:500]}", f"see {job.logs[rank]}")
+    return ActorError(f"{job.stage} failed: {str(error)[:500]}", f"see {job.logs[0]}")
+
+
+def _show(context: StageContext, progress: StageProgress, stage: str, record: dict[str, Any]) -> None:
+    if "phase" in record:
+        progress.phase(record["phase"])
+    else:
+        context.sink.write({"stage": stage, **record})
+        progress.step(record["step"], record["steps"], {"loss": record["loss"], "lr": record["learning_rate"]})
+
+
+class _Follower:
+    """Reads a growing JSONL file in a thread, as `tail -f` does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, handle: Callable[[dict[str, Any]], None]) -> None:
+        self._thread = threading.Thread(target=self._follow, args=(handle,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> _Follower:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _follow(self, handle: Callable[[dict[str, Any]], None]) -> None:
+        position, last = 0, False
+        while not last:
+            last = self._stop.wait(0.2)  # once more after the end: the last lines count too
+            if not self._path.exists():
+                continue
+            with open(self._path, encoding="utf-8") as file:
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    handle(json.loads(line))
+
+
+def worker(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker."""
+    import ray.train
+
+    from rayrlhf.actors.base import send_output_to
+    from rayrlhf.engines.distributed import prepare_process
+    from rayrlhf.metrics.sinks import JsonLines
+
+    job: TrainingJob = config["job"]
+    rank = ray.train.get_context().get_world_rank()
+    send_output_to(Path(job.logs[rank]))
+    prepare_process(job.device, job.threads)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if job.device == "cuda" else "gloo", verbose=False)
+    start = perf_counter()
+    result = job.body(job)
+    if rank == 0:
+        result["train_seconds"] = perf_counter() - start
+        (Path(job.workspace) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        JsonLines(Path(job.workspace) / "metrics.jsonl").write({"phase": "done"})
+
+
+def worker_log(job: TrainingJob, rank: int) -> Callable[[dict[str, Any]], None]:
+    """Where a worker's records go: the stage's metrics.jsonl from rank 0, nowhere from the others."""
+    from rayrlhf.metrics.sinks import JsonLines
+
+    if rank:
+        return lambda record: None
+    return JsonLines(Path(job.workspace) / "metrics.jsonl").write
+
+
+def fetch(job: TrainingJob) -> Sequence[Any]:
+    """The stage's examples, from the object store."""
+    data: Sequence[Any] = ray.get(job.data)
+    return data
