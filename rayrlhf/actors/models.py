@@ -188,7 +188,7 @@ class PolicyActor(_LearnerActor):
 
     def close(self) -> None:
         """Give shared memory back."""
-        if self.engine.rank == 0:
+        if getattr(self, "_sender", None) is not None:
             self._sender.close()
 
     def _published_module(self) -> Any:

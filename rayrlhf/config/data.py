@@ -15,7 +15,7 @@ SOURCE_FIELDS = ("text", "demonstrations", "rankings", "heldout_rankings", "prom
 
 
 class DataConfig(Section):
-    """A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .txt.gz) or a Hugging Face name `org/name:split`."""
+    """A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .txt.gz) or a hub name `org/name:split`."""
 
     root: Path | None = None
     """Folder that relative file names start from; the environment's RAYRLHF_HUMAN_DATA when None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +25,7 @@ from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.learning import EstimateSettings, UpdateSettings
 from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.engines.vllm import EngineSettings
+from rayrlhf.errors import ActorError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
@@ -65,7 +67,7 @@ class _Run:
                 progress.phase("saving")
                 await self._save_final()
             finally:
-                self._stop_actors()
+                await self._stop_actors()
         _, counts = self.context.data.prompts
         return _summary(history) | {"data": counts, "start_seconds": ready - start}
 
@@ -138,7 +140,11 @@ class _Run:
         await saver.save_to(self.workspace)
         self.context.data.tokenizer.save_pretrained(self.workspace / "model")
 
-    def _stop_actors(self) -> None:
+    async def _stop_actors(self) -> None:
+        policy = self.groups.get("policy")
+        if policy and policy.actors:
+            with suppress(ActorError):  # one that is busy or gone leaves its memory to the next run's start
+                await policy.call("close", timeout_s=2.0)
         for group in self.groups.values():
             group.close()
 

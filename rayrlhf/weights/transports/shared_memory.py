@@ -15,6 +15,7 @@ from rayrlhf.weights.buckets import BucketHeader
 __all__ = ["create_receiver", "create_sender"]
 
 SEGMENTS = 2
+PREFIX = "rayrlhf-"
 
 
 def create_sender(run: str) -> _Sender:
@@ -50,7 +51,8 @@ class _Sender:
     def __init__(self, run: str) -> None:
         folder = Path("/dev/shm")
         folder = folder if folder.is_dir() else Path(tempfile.gettempdir())
-        self._segments = [_Segment(folder / f"rayrlhf-{run}-{os.getpid()}-{i}") for i in range(SEGMENTS)]
+        _remove_orphans(folder)
+        self._segments = [_Segment(folder / f"{PREFIX}{run}-{os.getpid()}-{i}") for i in range(SEGMENTS)]
         self._turn = 0
 
     def reserve(self, nbytes: int) -> torch.Tensor:
@@ -77,3 +79,11 @@ class _Receiver:
 
     def close(self) -> None:
         """Nothing is held between buckets."""
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Unlink segments whose sender was killed before it could close."""
+    for path in folder.glob(f"{PREFIX}*-*-[0-9]"):
+        pid = path.name.rsplit("-", 2)[1]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
