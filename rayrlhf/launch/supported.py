@@ -35,13 +35,18 @@ def unsupported() -> list[str]:
             problems.append(f"{name} is not installed (tested with {specifier})")
         elif not SpecifierSet(specifier).contains(got.split("+")[0], prereleases=True):
             problems.append(f"{name} {got} was not tested with this release (tested with {specifier})")
+    twins = [d for d in ALIASES["vllm"] if _installed_as(d)]
+    if len(twins) > 1:
+        problems.append(f"{' and '.join(twins)} are both installed and own the same module: remove one")
     return problems
 
 
 def _installed(name: str) -> str | None:
-    for distribution in ALIASES.get(name, (name,)):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
+    return next((v for d in ALIASES.get(name, (name,)) if (v := _installed_as(d))), None)
+
+
+def _installed_as(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,35 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv first if it is missing.
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-unit check format lock clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(READY): requirements/cpu.lock scripts/setup.sh
+	@bash scripts/setup.sh
+
+setup: $(READY)  ## make .venv (minutes the first time, nothing afterwards)
+
+demo: $(READY)  ## the whole recipe on a tiny model, here
+	@$(BIN)/rayrlhf run configs/demo.yaml
+
+test: $(READY)  ## all tests, real engines included
+	@$(BIN)/python -m pytest
+
+test-unit: $(READY)  ## the fast ones
+	@$(BIN)/python -m pytest tests/unit
+
+check: $(READY)  ## lint, types, import rules
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+
+format: $(READY)  ## format and mend what ruff can
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+lock: $(READY)  ## make requirements/cpu.lock anew from pyproject.toml
+	@bash scripts/lock.sh --upgrade
+
+clean:  ## remove caches and runs, not .venv
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
