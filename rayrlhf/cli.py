@@ -17,7 +17,12 @@ from rayrlhf.errors import USER_ERRORS, RayRLHFError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="RLHF on Ray: the whole InstructGPT recipe.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="RLHF on Ray: the whole InstructGPT recipe.",
+)
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]

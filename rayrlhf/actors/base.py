@@ -30,7 +30,7 @@ class Actor:
         import torch
 
         process = psutil.Process()
-        held = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)) if p.is_running())
+        held: float = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)) if p.is_running())
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         return (held + gpu) / 2**30
 

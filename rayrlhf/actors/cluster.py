@@ -23,8 +23,7 @@ def connect(config: Config) -> None:
     # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     local = config.cluster.address is None
-    if local:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a new cluster, without its notice
+    logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
     needs = required(config)
     ray.init(
         address=None if local else config.cluster.address,

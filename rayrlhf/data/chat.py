@@ -59,7 +59,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]
         message = f"the chat template of {_name(tokenizer)} refuses the turns ({roles}): {error}"
         raise ModelError(message, "set model.chat_template to one that takes these roles") from None
     # The template wrote every special token that belongs there, a BOS included.
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    return ids
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -72,7 +73,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Otherwise a document about `<|endoftext|>` would teach the model to stop in the middle of a sentence.
     """
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return ids
 
 
 def validate_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

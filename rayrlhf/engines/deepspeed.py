@@ -23,11 +23,12 @@ from rayrlhf.weights.names import publish_names
 __all__ = ["FrozenModel", "Learner", "LearnerSettings", "LossFunction"]
 
 M = TypeVar("M")
+M_contra = TypeVar("M_contra", contravariant=True)
 R = TypeVar("R")
 
 
-class LossFunction(Protocol[M]):
-    def __call__(self, module: Callable[..., Tensor], micro_batch: M, /) -> Tensor:
+class LossFunction(Protocol[M_contra]):
+    def __call__(self, module: Callable[..., Tensor], micro_batch: M_contra, /) -> Tensor:
         """The micro-batch's share of the global loss: already divided by the global denominator."""
         ...
 

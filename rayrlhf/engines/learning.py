@@ -87,7 +87,8 @@ def estimate(
     rewards_BR = token_rewards(scores_B, kl_BR, mask_BR, kl_coef)
     advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, settings.gamma, settings.lam)
     moments = all_reduce_sum(torch.stack(masked_moments(advantages_BR, mask_BR)))
-    advantages_BR = whiten_with_moments(advantages_BR, mask_BR, *moments.unbind())
+    count, total, squares = moments.unbind()
+    advantages_BR = whiten_with_moments(advantages_BR, mask_BR, count, total, squares)
     experiences = [
         Experience(
             rollout=rollout,

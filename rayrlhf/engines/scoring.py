@@ -84,6 +84,6 @@ def _per_token(
     results = engine.infer(forward, batches, dummy_rollout(spare, engine.device))
     rows: dict[int, np.ndarray] = {}
     for batch, result in zip(batches, results, strict=True):
-        parts = result.float().cpu().split(batch.lengths)
+        parts = torch.split(result.float().cpu(), batch.lengths)
         rows.update((r.info.sample_id, p.numpy()) for r, p in zip(batch.rollouts, parts, strict=True))
     return rows

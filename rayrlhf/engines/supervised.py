@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -49,8 +49,10 @@ class TrainSettings:
 
 
 class Task(Protocol[M]):
-    sizes: Sequence[int]
-    """tokens of each example"""
+    @property
+    def sizes(self) -> Sequence[int]:
+        """Tokens of each example."""
+        ...
 
     def cut(self, rows: Sequence[int], budget: int, device: torch.device) -> list[M]:
         """The examples `rows` as micro-batches of at most `budget` padded tokens."""
@@ -116,7 +118,7 @@ class _LanguageBatch:
     """int64 [N]: the tokens learned, never a row's first"""
 
 
-class LanguageTask(Generic[M]):
+class LanguageTask:
     """Next-token loss on what follows the prompt; on everything but the first token where there is no prompt."""
 
     def __init__(self, examples: Sequence[LMExample]) -> None:
@@ -147,7 +149,7 @@ class LanguageTask(Generic[M]):
             self.dummy(learner.device),
         )
         total = torch.tensor([-sum(sums), self.denominator(rows)], dtype=torch.float64, device=learner.device)
-        loss, count = all_reduce_sum(total).tolist()
+        loss, count = (float(x) for x in all_reduce_sum(total))
         return loss / count
 
     def _collate(self, examples: Sequence[LMExample], device: torch.device) -> _LanguageBatch:
@@ -175,7 +177,7 @@ class _RankingBatch:
     """int64 [N]: which prompt a response belongs to"""
 
 
-class RankingTask(Generic[M]):
+class RankingTask:
     """K-wise ranking: one pass per response, all pairs of a prompt in one micro-batch (Ouyang et al. 2022, eq. 1)."""
 
     def __init__(self, examples: Sequence[RankingExample]) -> None:

@@ -60,7 +60,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         buffer = self._receiver.receive(update_info.ticket)
         self.fingerprints.append(fingerprint(header, buffer))
         tensors = ((name, tensor.to(self.device)) for name, tensor in unpack(header, buffer))
-        self._loaded |= self.model.load_weights(tensors)  # type: ignore[operator]
+        self._loaded |= self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)

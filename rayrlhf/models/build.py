@@ -83,7 +83,7 @@ class ScalarModel(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """float32 [N]: the normalised head output at flat positions [N] of tokens [B, T] (right-padded)."""
         hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        raw = self.classifier.score(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1).float()
+        raw: Tensor = self.classifier.score(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1).float()
         return (raw - self.bias) / self.scale
 
     def normalise(self, bias: float, scale: float) -> None:

@@ -29,7 +29,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     parts = [
         # Recomputed in the backward pass, else autograd would keep every chunk's float32 softmax.
         checkpoint(_chunk, chunk, target, temperature, use_reentrant=False)
-        for chunk, target in zip(logits.split(rows), targets.split(rows), strict=True)
+        for chunk, target in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)
     ]
     return torch.cat(parts)
 

@@ -87,7 +87,7 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
         model.normalise(sum(scores) / len(scores), 1.0)
         result["normalisation"] = {"bias": model.bias, "scale": model.scale, "demonstrations": len(scores)}
     if heldout:
-        task: RankingTask[Any] = RankingTask(heldout)
+        task = RankingTask(heldout)
         result["accuracy"] = pair_accuracy(heldout, task.scores(learner, budget))
     log({"phase": "saving"})
     learner.save_pretrained(model.classifier, Path(job.workspace) / "model")

@@ -7,6 +7,7 @@ version or a flipped bit all change it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ def fingerprint(header: BucketHeader, buffer: torch.Tensor) -> str:
     """128-bit xxh3 over the header and every tensor's bytes (the gaps between them are not covered)."""
     digest = xxhash.xxh3_128(repr(header).encode())
     for spec in header.specs:
-        digest.update(memoryview(buffer[spec.offset : spec.offset + spec.nbytes].numpy()))
+        digest.update(buffer[spec.offset : spec.offset + spec.nbytes].numpy().data)
     return digest.hexdigest()
 
 

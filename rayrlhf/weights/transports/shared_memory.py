@@ -74,7 +74,7 @@ class _Receiver:
         # sender overwrites the segment two buckets later.
         buffer = torch.empty(header.nbytes, dtype=torch.uint8)
         with open(ticket["path"], "rb") as file:
-            file.readinto(memoryview(buffer.numpy()))
+            file.readinto(buffer.numpy().data)
         return buffer
 
     def close(self) -> None:
