@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+from contextlib import suppress
 
+import psutil
 import ray
 
 from rayrlhf.actors.placement import check_resources, required
 from rayrlhf.config import Config
 
 __all__ = ["connect", "disconnect"]
+
+# Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
+GRACE_S = 3.0
 
 
 def connect(config: Config) -> None:
@@ -43,5 +48,11 @@ def connect(config: Config) -> None:
 
 
 def disconnect() -> None:
-    """Leave Ray; a Ray that `connect` started ends with all its actors."""
+    """Leave Ray. A Ray that `connect` started ends, and every process of it: some outlive its shutdown otherwise."""
+    roots = [p for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
+    ours = [p for root in roots for p in (root, *root.children(recursive=True))]
     ray.shutdown()
+    _, alive = psutil.wait_procs(ours, timeout=GRACE_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

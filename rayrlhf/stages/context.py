@@ -32,9 +32,9 @@ class StageContext:
             self._connected = True
 
     def close(self) -> None:
+        self.sink.close()
         if self._connected:
             disconnect()
-        self.sink.close()
 
     def log(self, name: str) -> str:
         """Path of an actor's log file."""

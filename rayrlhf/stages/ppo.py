@@ -27,6 +27,7 @@ from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.errors import ActorError
 from rayrlhf.metrics.clock import StepClock
+from rayrlhf.metrics.sinks import JsonLines
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
@@ -113,7 +114,7 @@ class _Run:
                 linear_warmup(step, ppo.value_learning_rate, ppo.warmup_steps),
             ),
         )
-        sink = _StageSink(self.context, progress, ppo.steps)
+        sink = _StageSink(self.context, progress, ppo.steps, self.workspace)
         parts = Parts(
             rollout=pool,
             scorers=ScorerRoles([self.groups[r] for r in ("policy", "reference", "reward", "value")]),
@@ -129,6 +130,7 @@ class _Run:
             await run_ppo(parts, SyncPacing(stream, ppo.batch_size, ppo.steps, clock), kl)
         finally:
             clock.save(self.workspace / "trace.json")
+            sink.close()
         return sink.history
 
     async def _gauges(self) -> dict[str, float]:
@@ -222,14 +224,17 @@ def _learner_settings(config: Config, role: str) -> LearnerSettings:
 class _StageSink:
     """The loop's records: to the run's sinks, the progress bar, and the summary."""
 
-    def __init__(self, context: StageContext, progress: StageProgress, steps: int) -> None:
+    def __init__(self, context: StageContext, progress: StageProgress, steps: int, workspace: Path) -> None:
         self._context = context
+        # The artifact's own copies: a later run that finds the stage done shows the same records.
+        self._kept = (JsonLines(workspace / "metrics.jsonl"), JsonLines(workspace / "samples.jsonl"))
         self._progress = progress
         self._steps = steps
         self.history: list[dict[str, Any]] = []
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._context.sink.write({"stage": "ppo", **record})
+        self._kept[0].write(record)
         keys = (
             "reward/mean",
             "kl/mean",
@@ -243,6 +248,11 @@ class _StageSink:
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         for sample in samples:
             self._context.sink.write_sample({"step": step, **sample})
+            self._kept[1].write({"step": step, **sample})
+
+    def close(self) -> None:
+        for file in self._kept:
+            file.close()
 
 
 def _summary(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -84,9 +85,8 @@ def run_training(
         data=ray.put(data),
         extra=extra,
     )
-    with StageProgress(context.console, stage) as progress, _Follower(workspace / "metrics.jsonl") as follower:
-        follower.start(lambda record: _show(context, progress, stage, record))
-        _fit(context, job, workspace)
+    with StageProgress(context.console, stage) as progress:
+        _watch(_start(context, job, workspace), _Follower(workspace / "metrics.jsonl"), context, progress, job)
     result: dict[str, Any] = json.loads((workspace / "result.json").read_text(encoding="utf-8"))
     return result
 
@@ -118,7 +118,8 @@ def train_settings(config: Any, section: SupervisedConfig) -> TrainSettings:
     )
 
 
-def _fit(context: StageContext, job: TrainingJob, workspace: Path) -> None:
+def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[Any]:
+    """Start the trainer in a thread of its own: in the main thread Ray Train would keep Ctrl-C for itself, for good."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -137,13 +138,32 @@ def _fit(context: StageContext, job: TrainingJob, workspace: Path) -> None:
             worker_runtime_env={"env_vars": placement.environment()},
         ),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name=f"fit-{job.stage}", daemon=True).start()
+    return outcome
+
+
+def _watch(
+    outcome: Future[Any], follower: _Follower, context: StageContext, progress: StageProgress, job: TrainingJob
+) -> None:
+    """Show the workers' records until the trainer ends; raise what made it fail."""
+    done = False
+    while not done:
+        done = not wait([outcome], timeout=0.2).not_done
+        for record in follower.new_records():  # once more after the end: the last lines count too
+            _show(context, progress, job.stage, record)
+    if (error := outcome.exception()) is not None:
         raise _explain(error, job) from None
 
 
-def _explain(error: Exception, job: TrainingJob) -> Exception:
+def _explain(error: BaseException, job: TrainingJob) -> Exception:
     """A worker's own error if it is one of ours, else where to look."""
     for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
         cause = getattr(failure, "cause", failure)
@@ -163,36 +183,21 @@ def _show(context: StageContext, progress: StageProgress, stage: str, record: di
 
 
 class _Follower:
-    """Reads a growing JSONL file in a thread, as `tail -f` does."""
+    """Reads the lines that a growing JSONL file has gained since the last look."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._position = 0
 
-    def start(self, handle: Callable[[dict[str, Any]], None]) -> None:
-        self._thread = threading.Thread(target=self._follow, args=(handle,), daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> _Follower:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-
-    def _follow(self, handle: Callable[[dict[str, Any]], None]) -> None:
-        position, last = 0, False
-        while not last:
-            last = self._stop.wait(0.2)  # once more after the end: the last lines count too
-            if not self._path.exists():
-                continue
+    def new_records(self) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        if self._path.exists():
             with open(self._path, encoding="utf-8") as file:
-                file.seek(position)
+                file.seek(self._position)
                 while (line := file.readline()).endswith("\n"):
-                    position = file.tell()
-                    handle(json.loads(line))
+                    self._position = file.tell()
+                    records.append(json.loads(line))
+        return records
 
 
 def worker(config: dict[str, Any]) -> None:

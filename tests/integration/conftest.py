@@ -1,0 +1,78 @@
+"""One tiny config and one finished run of it, shared by the tests that look at different sides of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "rayrlhf.cli"]
+# Small enough for two cores and CI, every part real.
+TINY = [
+    "model.from_scratch.hidden_size=64",
+    "model.from_scratch.layers=2",
+    "pretrain.epochs=1",
+    "pretrain.max_steps=20",
+    "sft.epochs=1",
+    "ppo.steps=50",
+    "ppo.batch_size=16",
+    "ppo.minibatch_size=8",
+    "ppo.learning_rate=1e-4",
+    "checkpoint.every=25",
+    "rollout.max_tokens=12",
+]
+
+
+def rayrlhf(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    folder: Path
+    output: Path
+    arguments: list[str]
+    stdout: str
+    shared_memory_left: set[str]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def artifact(self, stage: str) -> Path:
+        return self.output / "artifacts" / f"{stage}-{self.summary['stages'][stage]['key']}"
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return [r for r in map(json.loads, lines) if r["stage"] == stage]
+
+
+def shared_memory() -> set[str]:
+    return {p.name for p in Path("/dev/shm").glob("*") if not p.name.startswith("sem.")}
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The whole chain on the starter world: one policy rank, one engine, 50 PPO steps."""
+    output = tmp_path_factory.mktemp("runs")
+    arguments = ["configs/demo.yaml", "run.name=tiny", f"run.output={output}", *TINY]
+    before = shared_memory()
+    done = rayrlhf("run", *arguments, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(output / "tiny", output, arguments, done.stdout, shared_memory() - before)
