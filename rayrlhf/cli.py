@@ -63,10 +63,9 @@ def main() -> None:
     """Entry point: errors of ours become one message, never a traceback."""
     error = Console(stderr=True)
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer turns Ctrl-C into 130 and returns it
     except KeyboardInterrupt:
-        error.print("interrupted; every actor is gone")
-        sys.exit(130)
+        code = 130
     except USER_ERRORS as problem:
         _print(error, problem)
         sys.exit(2)
@@ -81,6 +80,9 @@ def main() -> None:
             raise
         problem.show()
         sys.exit(2)
+    if code == 130:
+        error.print("interrupted; every actor is gone")
+    sys.exit(code or 0)
 
 
 def _run_one(stage: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
@@ -95,7 +97,7 @@ def _run(config: Config, dry_run: bool) -> None:
 
 def _print(console: Console, problem: Exception) -> None:
     console.print(f"[bold red]{type(problem).__name__}[/]: ", end="")
-    console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
+    console.print(str(problem), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

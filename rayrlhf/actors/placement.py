@@ -62,13 +62,19 @@ def plan_training(config: Config) -> RolePlacement:
     return RolePlacement("train", train.ranks, train.cpus, config.cluster.gpus(train), train.threads)
 
 
+def plans(config: Config) -> list[list[RolePlacement]]:
+    """What is placed together, one group after the other: the supervised stages' workers, then the roles of PPO."""
+    stages = config.stages()
+    groups = [[plan_training(config)]] if any(stage != "ppo" for stage in stages) else []
+    return [*groups, plan_ppo(config)] if "ppo" in stages else groups
+
+
 def required(config: Config) -> dict[str, float]:
     """CPUs and GPUs that the run needs at once: stages follow each other, so the largest counts."""
-    ppo, train = plan_ppo(config), plan_training(config)
-    # Ray Train's controller takes a CPU beside its workers.
+    together = plans(config)
     return {
-        "CPU": max(sum(p.ranks * p.cpus for p in ppo), train.ranks * train.cpus + 1),
-        "GPU": max(sum(p.ranks * p.gpus for p in ppo), train.ranks * train.gpus),
+        "CPU": max(sum(p.ranks * p.cpus for p in group) for group in together),
+        "GPU": max(sum(p.ranks * p.gpus for p in group) for group in together),
     }
 
 
@@ -77,8 +83,10 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     for kind, asked in required(config).items():
         found = available.get(kind, 0.0)
         if asked > found + 1e-6:
-            shares = ", ".join(f"{p.role} {p.ranks} x {getattr(p, kind.lower() + 's'):g}" for p in plan_ppo(config))
+            unit = f"{kind.lower()}s"
+            largest = max(plans(config), key=lambda group: sum(p.ranks * getattr(p, unit) for p in group))
+            shares = ", ".join(f"{p.role} {p.ranks} x {getattr(p, unit):g}" for p in largest)
             raise ResourceError(
                 f"the config asks for {asked:g} {kind}s, the cluster has {found:g} ({shares})",
-                "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{kind.lower()}s",
+                "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{unit}",
             )

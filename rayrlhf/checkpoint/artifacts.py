@@ -47,9 +47,9 @@ class ArtifactStore:
         folder = self.root / f"{stage}-{key}"
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return Artifact(stage, key, folder, record["result"], record["parents"])
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by us
             return None
-        return Artifact(stage, key, folder, record["result"], record["parents"])
 
     def workspace(self, stage: str, key: str) -> Path:
         """An empty folder to build the artifact in; what an earlier, broken attempt left there is removed."""

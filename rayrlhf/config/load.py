@@ -31,8 +31,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mappin
     tree = _read_yaml(path)
     for override in overrides:
         _apply_override(tree, override)
-    if isinstance(data := tree.setdefault("data", {}), dict) and environ.get(DATA_ROOT_VARIABLE):
-        data.setdefault("root", environ[DATA_ROOT_VARIABLE])
+    _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -66,7 +65,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}:{line}: broken YAML: {error.problem}", "check indentation, colons and quotes"
         ) from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, ValueError) as error:  # ruamel lets a ValueError of a false date or number through
         raise ConfigError(f"{path}: broken YAML: {error}") from None
     if tree is None:
         tree = {}
@@ -82,7 +81,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} is not an override", "write section.key=value, for example ppo.steps=10")
     try:
         value = _yaml().load(text)
-    except YAMLError:
+    except (YAMLError, ValueError):
         raise ConfigError(f"{dotted}: cannot read {text!r} as YAML", "quote it: key='\"text\"'") from None
     node = tree
     for key in keys[:-1]:
@@ -93,6 +92,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{dotted}: {key} is a value, not a section")
         node = child
     node[keys[-1]] = value
+
+
+def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
+    """The environment's folder where the config names neither a folder nor a world that makes its own."""
+    world = tree.get("world")
+    if not root or (isinstance(world, dict) and world.get("name")):
+        return
+    data = tree.setdefault("data", {})
+    if isinstance(data, dict) and data.get("root") is None:
+        data["root"] = root
 
 
 def _explain(error: ValidationError, where: str) -> str:
@@ -111,7 +120,7 @@ def _explain_one(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if loc else message
-    return f"{dotted}: found {item['input']!r}; {item['msg'].lower()}"
+    return f"{dotted}: found {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
 def _fields_at(loc: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ class FromScratch(Section):
     def _shapes_fit(self) -> FromScratch:
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
-        if (self.hidden_size // self.heads) % 2:
+        if self.architecture == "llama" and (self.hidden_size // self.heads) % 2:
             raise ValueError("hidden_size / heads must be even (rotary positions turn pairs)")
         if self.kv_heads is not None:
             if self.architecture == "gpt2":

@@ -44,13 +44,21 @@ class PPOConfig(Section):
     kl: KLConfig = KLConfig()
     zero_stage: ZeroStage = 1
     """Of the policy's and the value model's learners."""
-    frozen_zero_stage: Literal[0, 3] = 0
+    frozen_zero_stage: ZeroStage = 0
     """Reference and reward: whole on each rank (0) or sharded over the role's ranks (3)."""
 
     @model_validator(mode="after")
     def _minibatches_divide_the_batch(self) -> PPOConfig:
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatch_size {self.minibatch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_models_have_no_optimizer_to_shard(self) -> PPOConfig:
+        if self.frozen_zero_stage not in (0, 3):
+            raise ValueError(
+                f"frozen_zero_stage is 0 or 3, found {self.frozen_zero_stage}: stages 1 and 2 shard optimizers"
+            )
         return self
 
 

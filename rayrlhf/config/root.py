@@ -9,7 +9,7 @@ from rayrlhf.config.cluster import ClusterConfig
 from rayrlhf.config.data import SOURCE_FIELDS, DataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
-from rayrlhf.config.run import CheckpointConfig, RunConfig, StageName, TrackingConfig
+from rayrlhf.config.run import STAGES, CheckpointConfig, RunConfig, StageName, TrackingConfig
 from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
 from rayrlhf.config.world import WorldConfig
 
@@ -34,7 +34,7 @@ class Config(Section):
     def stages(self) -> tuple[StageName, ...]:
         """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for."""
         given = {"pretrain": self.model.path, "sft": self.sft.path, "reward": self.reward.path, "ppo": None}
-        return tuple(stage for stage in self.run.stages if not given[stage])
+        return tuple(stage for stage in STAGES if stage in self.run.stages and not given[stage])
 
     @model_validator(mode="after")
     def _stages_have_data(self) -> Config:
@@ -56,18 +56,32 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _ranks_get_work(self) -> Config:
-        if self.cluster.policy.ranks > self.ppo.minibatch_size:
+    def _given_models_share_a_tokenizer(self) -> Config:
+        if self.model.from_scratch and (self.sft.path or self.reward.path):
+            key = "sft.path" if self.sft.path else "reward.path"
             raise ValueError(
-                f"cluster.policy.ranks {self.cluster.policy.ranks} and ppo.minibatch_size {self.ppo.minibatch_size} "
-                "contradict each other: some ranks would never see a response"
+                f"{key} and model.from_scratch contradict each other: a new tokenizer fits no existing model; "
+                "name the base model in model.path"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_get_work(self) -> Config:
+        for role in ("policy", "value"):
+            ranks = getattr(self.cluster, role).ranks
+            if ranks > self.ppo.minibatch_size:
+                raise ValueError(
+                    f"cluster.{role}.ranks {ranks} and ppo.minibatch_size {self.ppo.minibatch_size} "
+                    "contradict each other: some ranks would never see a response"
+                )
         return self
 
 
 def check_context(config: Config, context: int, name: str) -> None:
     """Raise ValueError if any stage's longest sequence is over `context` tokens; `name` says whose limit it is."""
-    responses = {"rollout.max_tokens": config.rollout.max_tokens}
+    responses = {}
+    if "ppo" in config.stages():
+        responses["rollout.max_tokens"] = config.rollout.max_tokens
     if "sft" in config.stages():
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens
     if "reward" in config.stages():

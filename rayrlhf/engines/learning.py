@@ -9,6 +9,7 @@ experiences ──► update_policy   clipped ratio loss      ┐ minibatch by m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -127,7 +128,8 @@ def update_policy(
             logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip, denominator=tokens
         )
         stats.add(parts, ("clip_fraction", "ratio_mean", "approx_kl"))
-        stats.maximum = max(stats.maximum, float(parts["max_abs_log_ratio"]))
+        ratio = float(parts["max_abs_log_ratio"])
+        stats.maximum = max(stats.maximum, math.inf if math.isnan(ratio) else ratio)  # max() would drop a NaN
         return value
 
     metrics = _update(learner, experiences, minibatches, spare, settings, learning_rate, loss, check_ratio=True)
@@ -239,7 +241,7 @@ def _explained_variance(returns_BR: Tensor, values_BR: Tensor, mask_BR: Tensor) 
 
     def variance(x: Tensor) -> float:
         count, total, squares = (float(m) for m in all_reduce_sum(torch.stack(masked_moments(x, mask_BR))))
-        return max(0.0, squares / count - (total / count) ** 2)
+        return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
 
     residual, spread = variance(returns_BR - values_BR), variance(returns_BR)
     return 1.0 - residual / spread if spread > 0 else float("nan")

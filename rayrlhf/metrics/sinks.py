@@ -79,4 +79,4 @@ class RunSink:
 
 
 def read_jsonl(path: Path) -> Sequence[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

@@ -3,7 +3,7 @@ any actor starts, so that a bad record costs seconds and not a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from rayrlhf.config import Config
 from rayrlhf.data import prompts as tokenized
 from rayrlhf.data.chat import load_tokenizer
-from rayrlhf.data.prompts import LMExample, RankingExample
+from rayrlhf.data.prompts import LMExample
 from rayrlhf.data.readers import read_demonstrations, read_prompts, read_rankings, read_text
 from rayrlhf.data.split import split_by_prompt
 from rayrlhf.data.tokenizer import train_tokenizer
+from rayrlhf.errors import DataError
 from rayrlhf.types import PromptTokens
 
 __all__ = ["Datasets", "Split"]
@@ -72,12 +73,7 @@ class Datasets:
     def sft(self) -> Split:
         data, longest = self._config.data, self._config.sft.max_response_tokens
         train, heldout = split_by_prompt(self._demonstrations, data.heldout_fraction, self._config.run.seed)
-        limits = (data.max_prompt_tokens, data.max_prompt_tokens + longest, data.overlong_prompts)
-        examples, report = tokenized.tokenize_demonstrations(self.tokenizer, train, *limits)
-        held: list[LMExample] = []
-        if heldout:
-            held, _ = tokenized.tokenize_demonstrations(self.tokenizer, heldout, *limits)
-        return Split(examples, held, asdict(report))
+        return self._split(tokenized.tokenize_demonstrations, train, heldout, longest)
 
     @cached_property
     def reward(self) -> Split:
@@ -88,14 +84,7 @@ class Datasets:
             heldout: Sequence[Any] = self._first(read_rankings(data.heldout_rankings, data.root, "test"))
         else:
             train, heldout = split_by_prompt(train, data.heldout_fraction, self._config.run.seed)
-        limits = (data.max_prompt_tokens, data.max_prompt_tokens + longest, data.overlong_prompts)
-        examples, report = tokenized.tokenize_rankings(self.tokenizer, train, *limits)
-        held: list[RankingExample] = []
-        held_counts: dict[str, Any] = {}
-        if heldout:
-            held, held_report = tokenized.tokenize_rankings(self.tokenizer, heldout, *limits)
-            held_counts = {f"heldout_{k}": v for k, v in asdict(held_report).items()}
-        return Split(examples, held, asdict(report) | held_counts)
+        return self._split(tokenized.tokenize_rankings, train, heldout, longest)
 
     @cached_property
     def prompts(self) -> tuple[list[PromptTokens], dict[str, Any]]:
@@ -113,6 +102,22 @@ class Datasets:
     @cached_property
     def _demonstrations(self) -> list[Any]:
         return self._first(read_demonstrations(self._config.data.demonstrations, self._config.data.root))
+
+    def _split(
+        self, tokenize: Callable[..., Any], train: Sequence[Any], heldout: Sequence[Any], longest_response: int
+    ) -> Split:
+        data = self._config.data
+        limits = (data.max_prompt_tokens, data.max_prompt_tokens + longest_response, data.overlong_prompts)
+        examples, report = tokenize(self.tokenizer, train, *limits)
+        held: list[Any] = []
+        counts = {"kept": 0, "dropped": len(heldout), "truncated": 0}
+        try:
+            held, held_report = tokenize(self.tokenizer, heldout, *limits)
+            counts = asdict(held_report)
+        except DataError:  # none is left: training goes on without them, unless long prompts are to be refused
+            if heldout and data.overlong_prompts == "refuse":
+                raise
+        return Split(examples, held, asdict(report) | {f"heldout_{k}": v for k, v in counts.items()})
 
     def _first(self, records: list[E]) -> list[E]:
         """At most `data.max_records` of each source label, in file order."""

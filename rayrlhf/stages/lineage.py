@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
@@ -30,7 +33,7 @@ SOURCES: dict[StageName, tuple[str, ...]] = {
 SECTIONS: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("pretrain",),
     "sft": ("sft",),
-    "reward": ("reward",),
+    "reward": ("reward", "sft"),  # sft's limit cuts the demonstrations that normalise the rewards
     "ppo": ("ppo", "rollout", "weights"),
 }
 
@@ -71,11 +74,17 @@ class Lineage:
         artifact = self.finished(stage)
         return artifact.model if artifact else None
 
-    def parent_models(self, stage: StageName) -> dict[str, str]:
-        """Raises ConfigError naming the parent stage that has not been run."""
+    def parent_models(self, stage: StageName, to_come: Sequence[StageName] = ()) -> dict[str, str]:
+        """Where the models are that `stage` starts from, those of stages `to_come` aside.
+
+        Raises:
+            ConfigError: naming the parent stage that has not been run.
+        """
         models: dict[str, str] = {}
         for parent in PARENTS[stage]:
             path = self.model(parent)
+            if path is None and parent in to_come:
+                continue
             if path is None:
                 setting = "model.path" if parent == "pretrain" else f"{parent}.path"
                 raise ConfigError(
@@ -95,6 +104,7 @@ class Lineage:
             "stage": stage,
             "seed": config.run.seed,
             "model": config.model.model_dump(mode="json"),
+            "chat_template": _file_hash(config.model.chat_template),
             "sections": {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[stage]},
             "sources": sources,
             "limits": {name: getattr(config.data, name) for name in limits},
@@ -102,3 +112,10 @@ class Lineage:
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
             "parents": {parent: self._keys[parent] for parent in PARENTS[stage]},
         }
+
+
+def _file_hash(path_or_text: str | None) -> str | None:
+    """Of what a chat template's file holds; Jinja text given in the config is already part of it."""
+    if path_or_text is None or "{" in path_or_text or not Path(path_or_text).is_file():
+        return None
+    return hashlib.sha256(Path(path_or_text).read_bytes()).hexdigest()

@@ -12,8 +12,12 @@ from rayrlhf.data.readers import check_sources
 from rayrlhf.errors import ConfigError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
 from rayrlhf.stages.datasets import Datasets
+from rayrlhf.weights.transports import TRANSPORTS
 
-__all__ = ["check_data", "check_files", "check_models"]
+# vLLM 0.32's CPU attention; a CUDA build has its own, wider list.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+__all__ = ["check_data", "check_files", "check_models", "check_output"]
 
 
 def check_files(config: Config) -> None:
@@ -21,24 +25,48 @@ def check_files(config: Config) -> None:
     check_sources({f"data.{name}": getattr(config.data, name) for name in SOURCE_FIELDS}, config.data.root)
 
 
+def check_output(config: Config) -> None:
+    """The folder that runs go to is one, or can become one."""
+    output = config.run.output
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"run.output: {output} is a file", "name a folder")
+
+
 def check_models(config: Config) -> None:
-    """Every named model is there, and fits what is asked of it."""
-    trust = config.model.trust_remote_code
-    for key, path in (("model.path", config.model.path), ("sft.path", config.sft.path)):
-        if path is None:
-            continue
-        shape = read_config(path, trust)
-        load_tokenizer(path, config.model.chat_template, trust)
-        limit = context_length(shape)
-        if limit is not None:
-            try:
-                check_context(config, limit, f"the context of {key}")
-            except ValueError as error:
-                raise ConfigError(str(error), "shorten them, or take a model with a longer context") from None
+    """Every named model is there, and fits what is asked of it; so does the weight transport."""
+    if config.weights.transport not in TRANSPORTS:
+        known = ", ".join(sorted(TRANSPORTS))
+        raise ConfigError(f"weights.transport: no transport {config.weights.transport!r}", f"one of {known}")
+    named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
+    for key, path in named.items():
+        if path is not None:
+            _check_model(config, key, path)
     if "sft" in config.stages() and config.sft.dropout:
         _check_dropout(config)
+    if "ppo" in config.stages() and config.cluster.device == "cpu":
+        _check_head_size(config)
     if config.reward.path is not None and "ppo" in config.stages():
         _check_reward_model(config, config.reward.path)
+
+
+def _check_model(config: Config, key: str, path: str) -> None:
+    trust = config.model.trust_remote_code
+    try:
+        shape = read_config(path, trust)
+        tokenizer = load_tokenizer(path, config.model.chat_template, trust)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error.message}", error.hint) from None
+    if shape.vocab_size < len(tokenizer):
+        raise ModelError(
+            f"{key} {path}: {shape.vocab_size} embeddings for {len(tokenizer)} tokens",
+            "resize the model's embeddings, or take the tokenizer that it was trained with",
+        )
+    limit = context_length(shape)
+    if limit is not None:
+        try:
+            check_context(config, limit, f"the context of {key}")
+        except ValueError as error:
+            raise ConfigError(str(error), "shorten them, or take a model with a longer context") from None
 
 
 def check_data(config: Config, data: Datasets, todo: Sequence[StageName]) -> None:
@@ -63,17 +91,36 @@ def _check_dropout(config: Config) -> None:
         )
 
 
+def _check_head_size(config: Config) -> None:
+    """vLLM's attention on a CPU knows certain head sizes only, and says so at the first token."""
+    scratch = config.model.from_scratch
+    if scratch is not None:
+        name, size = "model.from_scratch", scratch.hidden_size // scratch.heads
+    else:
+        path = config.sft.path or config.model.path
+        assert path is not None
+        shape = read_config(path, config.model.trust_remote_code)
+        name = path
+        size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        raise ConfigError(
+            f"{name}: heads of size {size} cannot be sampled with cluster.device cpu",
+            f"hidden_size / heads must be one of {', '.join(map(str, CPU_HEAD_SIZES))}",
+        )
+
+
 def _check_reward_model(config: Config, path: str) -> None:
     """The reward model must read the policy's token ids as the same tokens."""
     trust = config.model.trust_remote_code
     policy = config.sft.path or config.model.path
-    read_config(path, trust)
-    theirs = load_tokenizer(path, config.model.chat_template, trust).get_vocab()
-    if policy is None:
-        raise ConfigError(
-            "reward.path and model.from_scratch contradict each other: a new tokenizer fits no existing reward model",
-            "drop reward.path, or name the model that the reward model was trained with in model.path",
+    architectures = read_config(path, trust).architectures or ["unknown"]
+    if not architectures[0].endswith("ForSequenceClassification"):
+        raise ModelError(
+            f"reward.path {path}: a {architectures[0]} has no reward head",
+            "take a sequence-classification model with one label, such as the `reward` stage writes",
         )
+    assert policy is not None  # the config refuses reward.path beside a model from scratch
+    theirs = load_tokenizer(path, config.model.chat_template, trust).get_vocab()
     ours = load_tokenizer(policy, config.model.chat_template, trust).get_vocab()
     if theirs != ours:
         differing = sum(theirs.get(token) != index for token, index in ours.items())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -48,6 +48,7 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     Raises:
         ConfigError, DataError, ModelError, ResourceError: before any actor starts.
     """
+    preflight.check_output(config)
     config = with_world(config)
     preflight.check_files(config)
     preflight.check_models(config)
@@ -57,9 +58,9 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     tokenizer = config.sft.path or config.model.path or lineage.model("pretrain")
     data = Datasets(config, tokenizer)
     preflight.check_data(config, data, todo)
-    _check_parents(config, lineage)
+    _check_parents(config, lineage, todo)
     if dry_run:
-        console.print(dump_config(config), highlight=False, markup=False)
+        console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
         show_placement(console, config, todo)
         return config.run.output / config.run.name
     for problem in unsupported():
@@ -67,11 +68,10 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     return _Run(config, console, store, lineage, data).execute()
 
 
-def _check_parents(config: Config, lineage: Lineage) -> None:
-    """A stage asked for alone finds what it starts from; in a chain its parents come first."""
-    first = config.stages()[0] if config.stages() else None
-    if first and len(config.stages()) == 1:
-        lineage.parent_models(first)
+def _check_parents(config: Config, lineage: Lineage, todo: Sequence[StageName]) -> None:
+    """Each stage to run finds what it starts from: made in this chain before it, or there already."""
+    for stage in todo:
+        lineage.parent_models(stage, to_come=config.stages())
 
 
 class _Run:

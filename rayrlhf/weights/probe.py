@@ -18,13 +18,15 @@ ROW = 17  # one context token, then 16 probed ones
 def probe_sequences(vocab_size: int, tokens: int, context: int) -> list[list[int]]:
     """Rows of token ids whose 2nd and later entries are the probed tokens, spread evenly over the vocabulary.
 
-    At least `tokens` tokens are probed; no row is longer than `context`.
+    At least `tokens` tokens are probed; no row fills `context`.
     """
-    row = min(ROW, context)
-    rows = -(-tokens // (row - 1))
-    ids = np.linspace(0, vocab_size - 1, rows * row).astype(int)
-    # Deal them like cards, so that each row spans the vocabulary instead of a corner of it.
-    return [[int(t) for t in ids[i::rows]] for i in range(rows)]
+    probed = max(1, min(ROW, context - 1) - 1)  # the engine generates one token after the row
+    rows = -(-tokens // probed)
+    ids = np.linspace(0, vocab_size - 1, rows * probed).astype(int)
+    # Deal them like cards, so that each row spans the vocabulary instead of a corner of it; the row before lends
+    # its last token as context.
+    hands = [[int(t) for t in ids[i::rows]] for i in range(rows)]
+    return [[hands[i - 1][-1], *hand] for i, hand in enumerate(hands)]
 
 
 def gap_error(trainer: Sequence[float], engine: Sequence[float], dtype: str, tolerance: float | None) -> str | None:

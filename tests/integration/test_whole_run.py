@@ -124,6 +124,11 @@ def test_a_second_run_finds_everything_done_and_starts_no_actor(finished: Finish
     assert second == first
 
 
+def test_wandb_without_a_login_writes_offline_and_says_so(finished: FinishedRun) -> None:
+    assert "wandb: no login found, writing offline" in finished.stdout
+    assert list((finished.folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_nothing_is_left_behind(finished: FinishedRun) -> None:
     assert finished.shared_memory_left == set()
     names = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]

@@ -1,6 +1,7 @@
 """Buckets: what goes in comes out, and the fingerprint changes when, and only when, something else arrives."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -99,7 +100,7 @@ def test_a_bucket_is_within_the_budget_unless_it_is_one_large_tensor(sizes, budg
 def test_neighbouring_buckets_would_not_fit_in_one(sizes, budget):
     lengths = {f"t{i}": n for i, n in enumerate(sizes)}
     plan = bucket_plan(lengths.items(), budget)
-    for left, right in zip(plan, plan[1:], strict=False):
+    for left, right in itertools.pairwise(plan):
         taken = sum(-(-lengths[name] // 64) * 64 for name in [*left, right[0]])
         assert taken > budget
 

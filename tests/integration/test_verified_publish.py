@@ -1,0 +1,219 @@
+"""A publish into a real vLLM engine: what must arrive arrives, and each planted fault is found.
+
+The engine runs in this process (it is a library here), the sender is the learner's own code path: publish names,
+buckets, shared memory, fingerprints, probe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rayrlhf.config.model import FromScratch
+from rayrlhf.errors import WeightSyncError
+from rayrlhf.models.build import PolicyModel, from_scratch
+from rayrlhf.types import PromptTokens, SampleRequest
+from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack
+from rayrlhf.weights.names import publish_names
+from rayrlhf.weights.probe import probe_sequences
+from rayrlhf.weights.publish import EngineReceipt, Publication, WeightPublisher
+from rayrlhf.weights.transports import create_sender
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+VOCAB, CONTEXT, EOS, BUCKET = 600, 64, 0, 100_000
+
+
+class Policy:
+    """One trainer rank; `drop` leaves parameters out, `corrupt` spoils a bucket after its fingerprint was taken."""
+
+    def __init__(self, model: PolicyModel) -> None:
+        self.model = model
+        self.sender = create_sender("shared_memory", "test")
+        self.drop: set[str] = set()
+        self.corrupt: str | None = None
+
+    def train(self) -> None:
+        """Every weight moves, as after an optimizer step."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+
+    async def begin_publish(self, version: int) -> None:
+        self.version, self.fingerprints, self.index = version, [], 0
+        self.parameters = {n: p.data for n, p in publish_names(self.model.lm) if n not in self.drop}
+        self.plan = bucket_plan([(n, t.nbytes) for n, t in self.parameters.items()], BUCKET)
+
+    async def next_bucket(self) -> dict[str, Any] | None:
+        if self.index == len(self.plan):
+            return None
+        names = self.plan[self.index]
+        header, buffer = pack([(n, self.parameters[n]) for n in names], self.version, self.index, self.sender.reserve)
+        self.fingerprints.append(fingerprint(header, buffer))
+        self.index += 1
+        if self.corrupt == "flipped bit" and self.index == 2:
+            buffer[7] ^= 1
+        if self.corrupt == "previous version" and self.index == 2:
+            header = BucketHeader(header.version - 1, header.index, header.specs)
+        if self.corrupt == "dropped bucket" and self.index == 2:
+            return await self.next_bucket()
+        return self.sender.send(header) | {"nbytes": header.nbytes}
+
+    async def finish_publish(self) -> tuple[str, ...]:
+        return tuple(self.fingerprints)
+
+    async def probe(self, rows: list[list[int]]) -> list[float]:
+        tokens = torch.tensor(rows)
+        positions = torch.arange(tokens.numel()).reshape(tokens.shape)[:, 1:].reshape(-1)
+        with torch.no_grad():
+            return self.model(tokens, positions).tolist()
+
+
+class Target:
+    """The engine behind the publisher's protocol."""
+
+    name = "rollout-0"
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    async def begin_update(self, version: int) -> None:
+        self.engine.begin_update(version)
+
+    async def load_bucket(self, ticket: dict[str, Any]) -> None:
+        self.engine.load_bucket(ticket)
+
+    async def finish_update(self) -> EngineReceipt:
+        return self.engine.finish_update()
+
+    async def probe(self, rows: list[list[int]]) -> list[float]:
+        return self.engine.probe(rows)
+
+    async def commit(self, version: int) -> None:
+        self.engine.commit(version)
+
+
+class Pair:
+    def __init__(self, folder: Path, architecture: str, tied: bool) -> None:
+        from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
+
+        spec = FromScratch(
+            architecture=architecture,
+            vocab_size=VOCAB,
+            hidden_size=64,
+            layers=2,
+            heads=2,
+            context=CONTEXT,
+            tie_embeddings=tied,
+        )
+        self.policy = Policy(from_scratch(spec, VOCAB, EOS, 1, seed=0))
+        self.policy.model.lm.save_pretrained(folder)
+        settings = EngineSettings(
+            model=str(folder),
+            dtype="float32",
+            device="cpu",
+            context=CONTEXT,
+            max_tokens=12,
+            temperature=0.7,
+            tensor_parallel=1,
+            threads=1,
+            kv_cache_gib=1,
+            gpu_memory_utilization=0.5,
+            max_sequences=64,
+            transport="shared_memory",
+            eos=EOS,
+            trust_remote_code=False,
+        )
+        prompts = [PromptTokens(i, np.arange(5 + i, 30 + i, dtype=np.int32)) for i in range(4)]
+        self.engine = RolloutEngine(settings, prompts)
+        self.publisher = WeightPublisher(probe_sequences(VOCAB, 64, CONTEXT), "float32", None)
+        self.version = 0
+        self.publish()
+
+    def publish(self) -> Publication:
+        self.version += 1
+        return asyncio.run(self.publisher.publish(self.version, self.policy, [Target(self.engine)]))
+
+
+# An engine that is collected takes vLLM's process-wide parallel state with it, under the next one's feet.
+ALIVE: list[Pair] = []
+CASES = [("llama", True), ("llama", False), ("gpt2", True)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["llama_tied", "llama_untied", "gpt2_tied"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    architecture, tied = request.param
+    environment = dict(os.environ)
+    made = Pair(tmp_path_factory.mktemp("model"), architecture, tied)
+    ALIVE.append(made)
+    yield made
+    made.policy.sender.close()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def healthy(pair: Pair) -> Iterator[Pair]:
+    """Before and after each test the engine serves what the policy is."""
+    pair.policy.drop, pair.policy.corrupt = set(), None
+    yield pair
+    pair.policy.drop, pair.policy.corrupt = set(), None
+    pair.publish()
+    assert pair.engine.version == pair.version
+
+
+def requests() -> list[SampleRequest]:
+    return [SampleRequest(i, i, seed=100 + i) for i in range(4)]
+
+
+def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(healthy: Pair) -> None:
+    healthy.engine.generate(requests())  # fills the prefix cache with the old weights' keys and values
+    healthy.policy.train()
+    assert healthy.publish().buckets >= 3
+    for rollout in healthy.engine.generate(requests()):
+        tokens = torch.from_numpy(rollout.tokens).long()[None]
+        with torch.no_grad():
+            logits = healthy.policy.model.lm(input_ids=tokens).logits[0].double() / 0.7
+        logprobs = torch.log_softmax(logits, -1)[rollout.prompt_tokens - 1 : -1]
+        expected = logprobs.gather(1, tokens[0, rollout.prompt_tokens :, None])[:, 0]
+        assert np.abs(expected.numpy() - rollout.logprobs).max() < 1e-5
+        assert set(rollout.versions.tolist()) == {healthy.version}
+
+
+def test_the_same_seed_draws_the_same_tokens(healthy: Pair) -> None:
+    first, second = healthy.engine.generate(requests()), healthy.engine.generate(requests())
+    assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("flipped bit", "bucket 1 of .* arrived altered"),
+        ("previous version", "a bucket of version"),
+        ("dropped bucket", "no weights came for|buckets were sent"),
+    ],
+)
+def test_a_spoiled_publish_is_found_and_the_engine_serves_nothing(healthy: Pair, fault: str, words: str) -> None:
+    healthy.policy.train()
+    healthy.policy.corrupt = fault
+    with pytest.raises(WeightSyncError, match=words):
+        healthy.publish()
+    assert healthy.engine.version is None
+    with pytest.raises(WeightSyncError, match="no verified weights"):
+        healthy.engine.generate(requests())
+
+
+def test_a_head_that_stayed_old_is_found(healthy: Pair) -> None:
+    """Tied or not, the head is sent under its own name; left out, fingerprints agree and only the rest can tell."""
+    healthy.policy.train()
+    healthy.policy.drop = {"lm_head.weight"}
+    with pytest.raises(WeightSyncError, match=r"log-prob difference|no weights came for lm_head"):
+        healthy.publish()
+    assert healthy.engine.version is None

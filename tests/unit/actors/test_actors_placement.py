@@ -1,0 +1,108 @@
+"""Who gets what of the cluster, in numbers."""
+
+import pytest
+
+from rayrlhf.actors.placement import RolePlacement, check_resources, plan_ppo, plan_training, required
+from rayrlhf.config import Config
+from rayrlhf.errors import ResourceError
+
+
+def config(**cluster) -> Config:
+    rollout = cluster.pop("engines", {})
+    return Config.model_validate(
+        {"model": {"path": "org/name"}, "world": {"name": "starter"}, "cluster": cluster, "rollout": rollout}
+    )
+
+
+GPUS = {"device": "cuda", "policy": {"ranks": 4, "cpus": 2.0}, "engines": {"engines": 3, "tensor_parallel": 2}}
+
+
+def test_the_default_run_takes_two_cpus():
+    plans = plan_ppo(config())
+    assert [(p.role, p.ranks, p.cpus, p.gpus, p.threads) for p in plans] == [
+        ("policy", 1, 0.4, 0.0, 1),
+        ("reference", 1, 0.4, 0.0, 1),
+        ("reward", 1, 0.4, 0.0, 1),
+        ("value", 1, 0.4, 0.0, 1),
+        ("rollout", 1, 0.4, 0.0, 2),
+    ]
+    train = plan_training(config())
+    assert (train.role, train.ranks, train.cpus, train.gpus, train.threads) == ("train", 1, 1, 0.0, 2)
+    assert required(config()) == pytest.approx({"CPU": 2.0, "GPU": 0.0})
+
+
+def test_on_gpus_every_rank_gets_one_and_an_engine_one_per_shard():
+    plans = {p.role: p for p in plan_ppo(config(**GPUS))}
+    assert (plans["policy"].ranks, plans["policy"].gpus) == (4, 1.0)
+    assert (plans["value"].ranks, plans["value"].gpus) == (1, 1.0)
+    assert (plans["rollout"].ranks, plans["rollout"].gpus, plans["rollout"].cpus) == (3, 2.0, 0.8)
+    # 4 policy + reference, reward, value + 3 engines of 2; CPUs: 4 x 2 + 3 x 0.4 + 3 x 0.8
+    assert required(config(**GPUS)) == pytest.approx({"CPU": 11.6, "GPU": 13.0})
+
+
+def test_roles_may_share_a_gpu():
+    shared = {role: {"gpus": 0.25} for role in ("reference", "reward", "value")}
+    assert required(config(device="cuda", **shared))["GPU"] == pytest.approx(1 + 3 * 0.25 + 1)
+
+
+def test_the_larger_of_training_and_ppo_is_required_since_they_take_turns():
+    # 8 workers of 1 CPU and 1 GPU; PPO needs 2 CPUs and 5 GPUs
+    assert required(config(device="cuda", train={"ranks": 8, "cpus": 1})) == pytest.approx({"CPU": 8.0, "GPU": 8.0})
+    # 2 workers; PPO needs more of both
+    assert required(config(device="cuda", train={"ranks": 2, "cpus": 0.5})) == pytest.approx({"CPU": 2.0, "GPU": 5.0})
+
+
+def test_a_bundle_per_rank_names_only_what_it_takes():
+    assert RolePlacement("policy", 2, 0.4, 1.0, 1).bundles() == [{"CPU": 0.4, "GPU": 1.0}] * 2
+    assert RolePlacement("policy", 1, 0.4, 0.0, 1).bundles() == [{"CPU": 0.4}]
+    assert RolePlacement("policy", 1, 0.0, 0.5, 1).bundles() == [{"GPU": 0.5}]
+
+
+def test_a_bundle_of_nothing_is_a_crumb_since_ray_refuses_empty_ones():
+    assert RolePlacement("policy", 2, 0.0, 0.0, 1).bundles() == [{"CPU": 0.01}] * 2
+
+
+def test_the_environment_sets_the_threads():
+    environment = RolePlacement("policy", 1, 1, 0, 3).environment()
+    assert environment["OMP_NUM_THREADS"] == "3"
+    assert all(isinstance(v, str) for v in environment.values())
+
+
+@pytest.mark.parametrize("available", [{"CPU": 2.0}, {"CPU": 2.0 - 1e-9}, {"CPU": 64.0, "GPU": 8.0}])
+def test_a_cluster_with_room_passes(available):
+    check_resources(config(), available)
+
+
+def test_a_cluster_without_room_is_refused_with_the_shares():
+    with pytest.raises(ResourceError, match=r"asks for 2 CPUs, the cluster has 1 ") as error:
+        check_resources(config(), {"CPU": 1.0})
+    assert error.value.message.endswith(
+        "(policy 1 x 0.4, reference 1 x 0.4, reward 1 x 0.4, value 1 x 0.4, rollout 1 x 0.4)"
+    )
+    assert error.value.hint == "lower cluster.<role>.cpus"
+
+
+def test_a_cluster_without_gpus_is_refused_with_the_way_out():
+    with pytest.raises(ResourceError, match=r"asks for 13 GPUs, the cluster has 0 ") as error:
+        check_resources(config(**GPUS), {"CPU": 64.0})
+    assert "policy 4 x 1" in error.value.message
+    assert "rollout 3 x 2" in error.value.message
+    assert error.value.hint == "set cluster.device=cpu"
+
+
+def test_a_cluster_with_too_few_gpus_says_what_to_lower():
+    with pytest.raises(ResourceError, match=r"asks for 13 GPUs, the cluster has 8 ") as error:
+        check_resources(config(**GPUS), {"CPU": 64.0, "GPU": 8.0})
+    assert error.value.hint == "lower cluster.<role>.gpus"
+
+
+def test_the_refusal_names_the_stage_that_is_too_large():
+    with pytest.raises(ResourceError, match="asks for 16 CPUs, the cluster has 8") as error:
+        check_resources(config(train={"ranks": 16, "cpus": 1}), {"CPU": 8.0})
+    assert error.value.message.endswith("(train 16 x 1)")
+
+
+def test_a_run_of_ppo_alone_needs_no_room_for_training():
+    given = config(train={"ranks": 16, "cpus": 1}).model_dump()
+    given["run"]["stages"] = ("ppo",)
+    check_resources(Config.model_validate(given), {"CPU": 2.0})

@@ -1,0 +1,163 @@
+"""How the work is dealt to ranks: everything once, the same for policy and value, the same again."""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, _deal, memory_per_role
+from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.types import RolloutInfo
+
+
+class Group:
+    """An `ActorGroup` of nothing: notes each call and answers with `results`, one per rank."""
+
+    def __init__(self, role: str, ranks: int, results: dict[str, list[Any]] | None = None) -> None:
+        self.role, self.ranks = role, ranks
+        self.calls: list[tuple[str, tuple, list[tuple]]] = []
+        self._results = results or {}
+
+    async def call(self, method: str, *shared: Any, each: list[tuple] | None = None) -> list[Any]:
+        self.calls.append((method, shared, each))
+        assert each is None or len(each) == self.ranks
+        await asyncio.sleep(0)
+        return self._results.get(method, [{} for _ in range(self.ranks)])
+
+
+def infos(count: int, seed: int = 0) -> tuple[RolloutInfo, ...]:
+    """In the random order in which engines finish."""
+    rng = np.random.default_rng(seed)
+    made = [RolloutInfo(1000 + i, i % 5, int(n), 1, False) for i, n in enumerate(rng.integers(2, 60, count))]
+    return tuple(made[i] for i in rng.permutation(count))
+
+
+def roles(policy: Group, value: Group, minibatch_size: int = 4, epochs: int = 2, seed: int = 0) -> LearnerRoles:
+    return LearnerRoles(policy, value, minibatch_size, epochs, seed, lambda step: (0.1 + step, 0.2 + step))
+
+
+def minibatches(step: int, seed: int = 0, batch=None, **options) -> list[list[int]]:
+    group = Group("policy", 1)
+    cuts = roles(group, group, seed=seed, **options)._minibatches(batch or infos(12), step)
+    return [[info.sample_id for info in cut] for cut in cuts]
+
+
+@given(st.integers(1, 30), st.integers(1, 6))
+@settings(max_examples=50, deadline=None)
+def test_every_sample_is_dealt_to_one_rank(count, ranks):
+    shares = _deal(infos(count), ranks)
+    assert len(shares) == ranks
+    assert sorted(i for share in shares for i in share) == [1000 + i for i in range(count)]
+
+
+def test_ranks_are_balanced_by_tokens():
+    made = [RolloutInfo(i, 0, tokens, 1, False) for i, tokens in enumerate([90, 10, 10, 10, 30, 30])]
+    assert _deal(made, 2) == [[0], [1, 2, 3, 4, 5]]
+
+
+def test_the_order_in_which_engines_finish_changes_no_share_and_no_minibatch():
+    batch = infos(20)
+    shuffled = tuple(batch[i] for i in np.random.default_rng(1).permutation(20))
+    assert _deal(batch, 3) == _deal(shuffled, 3)
+    assert minibatches(4, batch=batch) == minibatches(4, batch=shuffled)
+
+
+@pytest.mark.parametrize("count", [12, 10, 3])
+def test_every_sample_is_in_one_minibatch_an_epoch(count):
+    cuts = minibatches(0, batch=infos(count), epochs=3)
+    per_epoch = -(-count // 4)
+    assert len(cuts) == 3 * per_epoch
+    for epoch in range(3):
+        seen = Counter(i for cut in cuts[epoch * per_epoch : (epoch + 1) * per_epoch] for i in cut)
+        assert seen == Counter(1000 + i for i in range(count))
+
+
+def test_each_epoch_and_each_step_has_a_fresh_shuffle():
+    orders = set()
+    for step in range(5):
+        flat = [i for cut in minibatches(step) for i in cut]
+        orders |= {tuple(flat[:12]), tuple(flat[12:])}
+    assert len(orders) == 10
+
+
+def test_seed_and_step_make_the_minibatches():
+    assert minibatches(3, seed=7) == minibatches(3, seed=7)
+    assert minibatches(3, seed=7) != minibatches(3, seed=8)
+    assert minibatches(3, seed=7) != minibatches(4, seed=7)
+
+
+def experience() -> ExperienceBatch:
+    return ExperienceBatch(infos(10), ("e0", "e1"), {"kl/mean": 1.5, "reward/mean": 0.25}, [])
+
+
+def test_policy_and_value_learn_from_the_same_minibatches_each_dealt_to_its_own_ranks():
+    policy, value = Group("policy", 2), Group("value", 3)
+    asyncio.run(roles(policy, value).update(experience(), 1))
+    taken = []
+    for group, rate in ((policy, 1.1), (value, 1.2)):
+        ((method, shared, each),) = group.calls
+        assert method == "update"
+        assert shared == (pytest.approx(rate), "e0", "e1")
+        by_rank = [minibatch_ids for (minibatch_ids,) in each]
+        assert {len(ids) for ids in by_rank} == {6}  # ten samples in minibatches of 4: three an epoch, two epochs
+        taken.append([sorted(i for ids in by_rank for i in ids[number]) for number in range(6)])
+    assert taken[0] == taken[1] == [sorted(cut) for cut in minibatches(1, batch=experience().infos)]
+
+
+def test_a_report_joins_the_metrics_of_both_and_carries_the_kl():
+    policy = Group("policy", 2, {"update": [{"policy/loss": 1.0}, {"policy/loss": 1.0}]})
+    value = Group("value", 1, {"update": [{"value/loss": 2.0}]})
+    report = asyncio.run(roles(policy, value).update(experience(), 0))
+    assert report.metrics == {
+        "kl/mean": 1.5,
+        "reward/mean": 0.25,
+        "policy/loss": 1.0,
+        "value/loss": 2.0,
+        "policy/learning_rate": 0.1,
+    }
+    assert (report.kl, report.num_samples) == (1.5, 10)
+
+
+def test_policy_and_value_learn_at_the_same_time():
+    started = []
+
+    class Meeting(Group):
+        async def call(self, method, *shared, each=None):
+            started.append(self.role)
+            while len(started) < 2:
+                await asyncio.sleep(0)
+            return [{}]
+
+    asyncio.run(asyncio.wait_for(roles(Meeting("policy", 1), Meeting("value", 1)).update(experience(), 0), 5))
+    assert sorted(started) == ["policy", "value"]
+
+
+def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_each():
+    results = [(["x0"], {"kl/mean": 0.5}, ["text"]), (["x1"], {"kl/mean": 0.5}, [])]
+    policy = Group("policy", 2, {"estimate": results})
+    batch = infos(7)
+    scored = ScoredBatch(RolloutBatch(batch, ("r0", "r1")), ("s0", "s1", "s2"))
+    got = asyncio.run(roles(policy, Group("value", 1)).estimate(scored, 0.3))
+    ((method, shared, each),) = policy.calls
+    assert (method, shared) == ("estimate", (0.3, 2, "r0", "r1", "s0", "s1", "s2"))
+    assert sorted(i for (ids,) in each for i in ids) == [1000 + i for i in range(7)]
+    assert got == ExperienceBatch(batch, ("x0", "x1"), {"kl/mean": 0.5}, ["text"])
+
+
+def test_every_role_scores_every_sample_once():
+    groups = [Group("a", 2, {"score": [["a0"], ["a1"]]}), Group("b", 1, {"score": [["b0"]]})]
+    handles = asyncio.run(ScorerRoles(groups).score(RolloutBatch(infos(9), ("r0", "r1"))))
+    assert handles == ("a0", "a1", "b0")
+    for group in groups:
+        ((method, shared, each),) = group.calls
+        assert (method, shared) == ("score", ("r0", "r1"))
+        assert sorted(i for (ids,) in each for i in ids) == [1000 + i for i in range(9)]
+
+
+def test_memory_is_that_of_the_largest_rank_of_each_role():
+    groups = [Group("policy", 2, {"memory_gib": [1.0, 3.0]}), Group("value", 1, {"memory_gib": [2.0]})]
+    assert asyncio.run(memory_per_role(groups)) == {"memory/policy_gib": 3.0, "memory/value_gib": 2.0}

@@ -1,0 +1,561 @@
+"""Bad input, as the person at the console meets it: exit code 2, one readable message, before any actor starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import rayrlhf.actors.cluster
+import rayrlhf.stages.context
+import rayrlhf.stages.run
+from rayrlhf import cli
+from rayrlhf.actors.placement import check_resources
+from rayrlhf.config import Config, load_config
+from rayrlhf.data.readers import read_demonstrations
+from rayrlhf.data.split import split_by_prompt
+from rayrlhf.data.tokenizer import train_tokenizer
+from rayrlhf.errors import ResourceError
+from rayrlhf.stages.datasets import Datasets
+from rayrlhf.worlds.starter import write_starter
+
+ROOT = Path(__file__).parents[3]
+FILES = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
+CONFIG = """\
+model:
+  from_scratch: {vocab_size: 320, hidden_size: 32, layers: 1, heads: 1, context: 128}
+data:
+  text: [text.jsonl]
+  demonstrations: [demonstrations.jsonl]
+  rankings: [rankings.jsonl]
+  heldout_rankings: [heldout_rankings.jsonl]
+  prompts: [prompts.jsonl]
+  max_prompt_tokens: 96
+sft: {max_response_tokens: 32}
+reward: {max_response_tokens: 32}
+rollout: {max_tokens: 32}
+"""
+
+
+# ---- a small world, and models small enough to write in a moment
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first records of each file of the starter world, and a config that reads them."""
+    folder = tmp_path_factory.mktemp("world")
+    for path in write_starter(folder).values():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[:30]), encoding="utf-8")
+    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def world(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "world"))
+
+
+@pytest.fixture(scope="session")
+def models(original: Path) -> Path:
+    """policy (llama), fitting and misfitting reward models (gpt2): all tiny, all with weights."""
+    folder = original.parent / "models"
+    rows = (original / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(row)["text"] for row in rows]
+
+    def reward(name: str, tokenizer: Any, **shape: int) -> None:
+        settings = {"vocab_size": len(tokenizer), "n_positions": 128, "n_embd": 8, "n_layer": 1, "n_head": 1} | shape
+        config = GPT2Config(**settings, num_labels=1, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+        GPT2ForSequenceClassification(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    ours, theirs = train_tokenizer(texts, 320), train_tokenizer(["completely different words"], 270)
+    llama = LlamaConfig(
+        vocab_size=len(ours),
+        hidden_size=32,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=128,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=1,
+    )
+    LlamaForCausalLM(llama).save_pretrained(folder / "policy")
+    ours.save_pretrained(folder / "policy")
+    reward("reward", ours)
+    reward("foreign", theirs)
+    reward("small_embedding", ours, vocab_size=100)
+    reward("short", ours, n_positions=64)
+    return folder
+
+
+def retokenized(models: Path, folder: Path, alter: Callable[[Any], None]) -> Path:
+    """A copy of the policy whose tokenizer is altered."""
+    shutil.copytree(models / "policy", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    alter(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+# ---- the console
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever reaches for Ray fails its test."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("bad input got as far as Ray")
+
+    monkeypatch.setattr(rayrlhf.actors.cluster, "connect", reached)
+    monkeypatch.setattr(rayrlhf.stages.context, "connect", reached)
+    monkeypatch.setattr(ray, "init", reached)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a wrong name must not cost retries
+    monkeypatch.delenv("RAYRLHF_HUMAN_DATA", raising=False)
+    yield
+    assert not ray.is_initialized()
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def rayrlhf_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["rayrlhf", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "80")
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = (re.sub(r"\x1b\[[0-9;]*m", "", text) for text in capsys.readouterr())
+        return Done(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def run_world(rayrlhf_command: Run, world: Path, tmp_path: Path) -> Run:
+    """`rayrlhf run` on the (spoilt) world, for real: nothing but the bad input stops it."""
+
+    def run(*overrides: str, command: str = "run") -> Done:
+        settings = (f"run.output={tmp_path / 'runs'}", f"data.root={world}", *overrides)
+        return rayrlhf_command(command, world / "config.yaml", *settings)
+
+    return run
+
+
+def refused(done: Done, *parts: str) -> str:
+    """Exit code 2 and a message, nothing else, that has all of `parts`."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.out + done.err
+    assert done.out == ""
+    for part in parts:
+        assert part in done.err
+    assert re.match(r"(Config|Data|Model|Resource)Error: ", done.err)
+    return done.err
+
+
+def spoil(file: Path, line: int, text: str) -> None:
+    """Put `text` in the place of that line, 1-based."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    lines[line - 1] = text
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def record(file: Path, line: int, **fields: object) -> str:
+    """That line's record with other fields."""
+    found: dict[str, object] = json.loads(file.read_text(encoding="utf-8").splitlines()[line - 1])
+    return json.dumps(found | fields)
+
+
+# ---- the world as it is
+
+
+def test_the_unspoilt_world_passes_every_check(run_world: Run, tmp_path: Path) -> None:
+    done = run_world("--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would run: pretrain, sft, reward, ppo; done before: nothing" in done.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_unspoilt_models_pass_every_check(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'reward'}", "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would run: sft, ppo; done before: nothing" in done.out
+
+
+# ---- config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("pppo.steps=3", "config.yaml: pppo: unknown key; did you mean ppo?"),
+        ("ppo.setps=3", "config.yaml: ppo.setps: unknown key; did you mean ppo.steps?"),
+        ("cluster.value.rank=3", "config.yaml: cluster.value.rank: unknown key; did you mean cluster.value.ranks?"),
+        ("ppo.steps=ten", "config.yaml: ppo.steps: found 'ten'; input should be a valid integer"),
+        ("ppo.steps=0", "config.yaml: ppo.steps: found 0; input should be greater than or equal to 1"),
+        ("ppo.clip=true", "config.yaml: ppo.clip: found True; input should be a valid number"),
+        ("ppo.steps", "ConfigError: 'ppo.steps' is not an override"),
+    ],
+)
+def test_a_key_or_value_that_cannot_be_is_refused(run_world: Run, override: str, message: str) -> None:
+    refused(run_world(override), message)
+
+
+@pytest.mark.parametrize(
+    ("override", "sections"),
+    [
+        ("world.name=starter", ("world.name", "data section")),
+        (
+            "rollout.max_tokens=100",
+            ("data.max_prompt_tokens 96", "rollout.max_tokens 100", "model.from_scratch.context"),
+        ),
+        ("cluster.policy.ranks=65", ("cluster.policy.ranks 65", "ppo.minibatch_size 64")),
+        ("cluster.reward.gpus=1", ("reward.gpus is 1", "cluster.device is cpu")),
+        ("data.prompts=[]", ("run.stages has ppo", "data.prompts is empty")),
+    ],
+)
+def test_contradicting_sections_are_both_named(run_world: Run, override: str, sections: tuple[str, ...]) -> None:
+    refused(run_world(override), "contradict" if "world" in override else "", *sections)
+
+
+def test_broken_yaml_is_named_by_file_and_line(run_world: Run, world: Path) -> None:
+    spoil(world / "config.yaml", 3, "data: {")
+    refused(run_world(), f"ConfigError: {world / 'config.yaml'}:", "broken YAML")
+
+
+def test_a_missing_config_file_suggests_the_nearest(rayrlhf_command: Run, world: Path) -> None:
+    done = rayrlhf_command("run", world / "confg.yaml")
+    refused(done, f"{world / 'confg.yaml'}: no such config file", f"did you mean {world / 'config.yaml'}?")
+
+
+def test_a_date_that_is_none_is_refused(run_world: Run) -> None:
+    refused(run_world("run.name=2024-13-45"), "run.name")
+
+
+def test_an_unknown_transport_is_refused(run_world: Run) -> None:
+    refused(run_world("weights.transport=carrier_pigeon", "--dry-run"), "weights.transport", "carrier_pigeon")
+
+
+# ---- files
+
+
+def test_a_missing_data_file_is_named_with_its_key_and_the_nearest_file(run_world: Run, world: Path) -> None:
+    done = run_world("data.prompts=[promts.jsonl]", "data.rankings=[nothing.jsonl]")
+    refused(
+        done, f"data.prompts: no such file: {world / 'promts.jsonl'} (did you mean prompts.jsonl?)", "data.rankings: "
+    )
+
+
+def test_malformed_jsonl_is_named_by_file_and_line(run_world: Run, world: Path) -> None:
+    spoil(world / "demonstrations.jsonl", 7, '{"prompt": "a", "response": ')
+    refused(run_world(), f"DataError: {world / 'demonstrations.jsonl'}:7: not JSON")
+
+
+def test_a_malformed_line_one_hundred_is_named_too(run_world: Run, world: Path) -> None:
+    file = world / "prompts.jsonl"
+    file.write_text('{"prompt": "say hello"}\n' * 99 + "{\n", encoding="utf-8")
+    refused(run_world(), f"{file}:100: not JSON")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_malformed_line_is_found_in_whichever_file_it_is(run_world: Run, world: Path, name: str) -> None:
+    spoil(world / f"{name}.jsonl", 12, "[]")
+    refused(run_world(), f"DataError: {world / name}.jsonl:12: found list, expected a JSON object")
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("prompts", "prompt"), ("demonstrations", "prompt"), ("demonstrations", "response")]
+)
+def test_an_empty_prompt_or_response_is_named_by_file_and_line(
+    run_world: Run, world: Path, name: str, field: str
+) -> None:
+    file = world / f"{name}.jsonl"
+    spoil(file, 5, record(file, 5, **{field: " \n"}))
+    refused(run_world(), f"DataError: {file}:5: `{field}` is empty")
+
+
+def test_an_empty_response_in_a_ranking_is_named_by_file_line_and_place(run_world: Run, world: Path) -> None:
+    file = world / "rankings.jsonl"
+    spoil(file, 5, record(file, 5, responses=["a", ""], ranks=[1, 2]))
+    refused(run_world(), f"DataError: {file}:5: `responses[1]` is empty")
+
+
+@pytest.mark.parametrize("name", ["rankings", "heldout_rankings"])
+def test_a_ranking_whose_ranks_do_not_match_its_responses_is_refused(run_world: Run, world: Path, name: str) -> None:
+    file = world / f"{name}.jsonl"
+    spoil(file, 3, record(file, 3, responses=["a", "b", "c"], ranks=[1, 2]))
+    refused(run_world(), f"DataError: {file}:3: 3 `responses` but 2 `ranks`")
+
+
+@pytest.mark.parametrize("rank", [0, 1.5, "1", True])
+def test_a_rank_that_is_no_positive_whole_number_is_refused(run_world: Run, world: Path, rank: object) -> None:
+    file = world / "rankings.jsonl"
+    spoil(file, 3, record(file, 3, responses=["a", "b"], ranks=[1, rank]))
+    refused(run_world(), f"DataError: {file}:3: `ranks[1]` is {rank!r}, expected a positive whole number")
+
+
+# ---- prompts over the limit
+
+
+def long_prompts(world: Path) -> None:
+    """Three short prompts, two long ones."""
+    prompts = ["a", "b" * 400, "c", "d" * 300, "e"]
+    rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (world / "prompts.jsonl").write_text(rows, encoding="utf-8")
+
+
+def test_prompts_over_the_limit_are_refused_when_the_config_says_so(run_world: Run, world: Path) -> None:
+    long_prompts(world)
+    done = run_world("data.overlong_prompts=refuse")
+    refused(done, "DataError: 2 of 5 prompts are longer than 96 tokens", "data.max_prompt_tokens", "overlong_prompts")
+
+
+def test_prompts_over_the_limit_are_dropped_and_counted_by_default(run_world: Run, world: Path) -> None:
+    long_prompts(world)
+    assert run_world("--dry-run").code == 0
+    config = load_config(world / "config.yaml", [f"data.root={world}"], {})
+    kept, counts = Datasets(config, None).prompts
+    assert counts == {"kept": 3, "dropped": 2, "truncated": 0}
+    assert [prompt.prompt_id for prompt in kept] == [0, 2, 4]
+
+
+def test_a_limit_that_leaves_no_prompt_is_refused_even_with_drop(run_world: Run) -> None:
+    refused(run_world("data.max_prompt_tokens=2"), "are longer than 2 tokens", "nothing is left")
+
+
+def test_held_out_demonstrations_that_are_all_too_long_are_dropped_like_others(world: Path) -> None:
+    file = world / "demonstrations.jsonl"
+    config = load_config(world / "config.yaml", [f"data.root={world}", "data.heldout_fraction=0.04"], {})
+    # The split goes by prompt: lengthen prompts until one that is held out is too long and alone.
+    for number in range(1000):
+        prompt = f"{number} " + "long " * 200
+        rows = [record(file, line) for line in range(1, 21)] + [record(file, 21, prompt=prompt)]
+        (world / "tried.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        _, held = split_by_prompt(read_demonstrations(["tried.jsonl"], world), 0.04, 0)
+        if [h.prompt[0][1] for h in held] == [prompt]:
+            break
+    else:
+        pytest.fail("no split holds out the long prompt alone")
+    tried = config.model_copy(update={"data": config.data.model_copy(update={"demonstrations": ("tried.jsonl",)})})
+    assert Datasets(tried, None).sft.heldout == []
+
+
+# ---- models and tokenizers
+
+
+@pytest.mark.parametrize("key", ["model.path", "sft.path", "reward.path"])
+def test_a_missing_model_folder_is_named(run_world: Run, models: Path, tmp_path: Path, key: str) -> None:
+    gone = tmp_path / "no" / "such" / "model"
+    base = f"model={{path: {models / 'policy'}}}"
+    refused(run_world(base, f"{key}={gone}"), f"ModelError: {key}: {gone}: no such model folder")
+
+
+def test_a_name_that_is_neither_a_folder_nor_to_be_had_from_the_hub_is_refused(run_world: Run) -> None:
+    refused(run_world("model={path: nobody/no-such-model}"), "nobody/no-such-model: cannot read the model's config")
+
+
+def test_a_folder_without_a_model_is_refused(run_world: Run, world: Path) -> None:
+    refused(run_world(f"model={{path: {world}}}"), f"ModelError: model.path: {world}: cannot read the model's config")
+
+
+def test_a_tokenizer_without_eos_is_refused(run_world: Run, models: Path, tmp_path: Path) -> None:
+    folder = retokenized(models, tmp_path / "model", lambda tokenizer: setattr(tokenizer, "eos_token", None))
+    refused(run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no EOS token")
+
+
+def test_a_tokenizer_without_pad_is_refused(run_world: Run, models: Path, tmp_path: Path) -> None:
+    folder = retokenized(models, tmp_path / "model", lambda tokenizer: setattr(tokenizer, "pad_token", None))
+    refused(run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no PAD token")
+
+
+@pytest.mark.parametrize("key", ["model.path", "sft.path", "reward.path"])
+def test_a_tokenizer_whose_pad_is_its_eos_is_refused(run_world: Run, models: Path, tmp_path: Path, key: str) -> None:
+    folder = retokenized(models, tmp_path / "model", lambda t: setattr(t, "pad_token", t.eos_token))
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"{key}={folder}")
+    refused(done, f"ModelError: {key}: {folder}: PAD and EOS are the same token, '<|endoftext|>'")
+
+
+def test_a_model_whose_context_is_too_short_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", "rollout.max_tokens=33")
+    refused(done, "data.max_prompt_tokens 96 + rollout.max_tokens 33 is over the context of model.path 128")
+
+
+def test_dropout_asked_of_llama_from_scratch_is_refused(run_world: Run) -> None:
+    refused(run_world("sft.dropout=0.2"), "sft.dropout is 0.2 but a llama model has no residual dropout", "gpt2")
+
+
+def test_dropout_asked_of_a_given_llama_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", "sft.dropout=0.2")
+    refused(done, "sft.dropout is 0.2 but a llama model has no residual dropout")
+
+
+def test_dropout_asked_of_gpt2_is_fine(run_world: Run) -> None:
+    assert run_world("model.from_scratch.architecture=gpt2", "sft.dropout=0.2", "--dry-run").code == 0
+
+
+def test_a_reward_model_with_another_vocabulary_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'foreign'}")
+    sizes = "its vocabulary (270 tokens) does not fit the policy's (320)"
+    refused(done, f"ModelError: reward.path {models / 'foreign'}: {sizes}")
+
+
+def test_a_reward_model_for_a_policy_from_scratch_is_refused(run_world: Run, models: Path) -> None:
+    refused(run_world(f"reward.path={models / 'reward'}"), "reward.path and model.from_scratch contradict each other")
+
+
+def test_a_reward_model_with_fewer_embeddings_than_tokens_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'small_embedding'}", "--dry-run")
+    refused(done, "small_embedding")
+
+
+def test_a_reward_model_whose_context_is_too_short_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'short'}", "--dry-run")
+    refused(done, "reward.path")
+
+
+def test_a_reward_model_without_a_head_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'policy'}", "--dry-run")
+    refused(done, "head")
+
+
+# ---- GPUs and CPUs: found once Ray has said what there is
+
+
+def on_gpus(world: Path, *overrides: str) -> Config:
+    return load_config(world / "config.yaml", ["cluster.device=cuda", *overrides], {})
+
+
+def test_a_gpu_config_without_gpus_says_how_many_were_asked_for_and_found(world: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
+        check_resources(on_gpus(world, "rollout.engines=2"), {"CPU": 64.0})
+    assert str(caught.value) == (
+        "the config asks for 6 GPUs, the cluster has 0 "
+        "(policy 1 x 1, reference 1 x 1, reward 1 x 1, value 1 x 1, rollout 2 x 1)\n"
+        "  hint: set cluster.device=cpu"
+    )
+
+
+def test_a_gpu_config_with_too_few_gpus_says_what_to_lower(world: Path) -> None:
+    with pytest.raises(ResourceError) as caught:
+        check_resources(on_gpus(world, "cluster.policy.ranks=2"), {"CPU": 64.0, "GPU": 4.0})
+    assert "asks for 6 GPUs, the cluster has 4 (policy 2 x 1, " in caught.value.message
+    assert caught.value.hint == "lower cluster.<role>.gpus"
+
+
+def test_a_cluster_with_exactly_what_is_asked_for_is_enough(world: Path) -> None:
+    check_resources(on_gpus(world), {"CPU": 2.0, "GPU": 5.0})
+    with pytest.raises(ResourceError, match="asks for 2 CPUs, the cluster has 1"):
+        check_resources(on_gpus(world), {"CPU": 1.0, "GPU": 5.0})
+
+
+def test_a_supervised_stage_alone_asks_for_no_more_than_its_workers(world: Path) -> None:
+    check_resources(on_gpus(world, "run.stages=[sft]"), {"CPU": 2.0, "GPU": 1.0})
+
+
+# ---- stages asked for alone
+
+
+def test_ppo_without_earlier_stages_names_the_missing_stage(run_world: Run) -> None:
+    refused(run_world(command="ppo"), "ConfigError: ppo starts from the sft model", "`rayrlhf sft` first", "sft.path")
+
+
+@pytest.mark.parametrize(("command", "parent"), [("sft", "pretrain"), ("reward", "sft")])
+def test_a_stage_without_its_parent_names_it(run_world: Run, command: str, parent: str) -> None:
+    refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
+
+
+def test_a_chain_with_a_gap_is_refused_before_its_first_stage(run_world: Run) -> None:
+    refused(run_world("run.stages=[pretrain, ppo]", "--dry-run"), "ppo starts from the sft model")
+
+
+# ---- the command itself
+
+
+def test_help_is_shown_and_exits_0(rayrlhf_command: Run) -> None:
+    done = rayrlhf_command("--help")
+    assert (done.code, done.err) == (0, "")
+    for command in ("run", "pretrain", "sft", "reward", "ppo"):
+        assert f" {command} " in done.out
+
+
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "reward", "ppo"])
+def test_each_command_has_help_of_its_own(rayrlhf_command: Run, command: str) -> None:
+    done = rayrlhf_command(command, "--help")
+    assert done.code == 0
+    assert "--dry-run" in done.out
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("bogus",), ("run", "--bogus", "x.yaml")])
+def test_a_command_that_cannot_be_parsed_exits_2_and_shows_the_usage(
+    rayrlhf_command: Run, arguments: tuple[str, ...]
+) -> None:
+    done = rayrlhf_command(*arguments)
+    assert done.code == 2
+    assert "Usage: " in done.out + done.err
+    assert "Traceback" not in done.out + done.err
+
+
+def test_a_dry_run_of_the_demo_shows_config_and_every_role_and_starts_nothing(
+    rayrlhf_command: Run, tmp_path: Path
+) -> None:
+    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml", f"run.output={tmp_path}", "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    for role in ("train", "policy", "reference", "reward", "value", "rollout"):
+        assert re.search(rf"│ {role} +│ +1 │", done.out)
+    assert "learning_rate: 0.0003" in done.out
+    assert "needs at once: 2 CPUs, 0 GPUs" in done.out
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_config_that_a_dry_run_prints_can_be_read_again(run_world: Run, world: Path, tmp_path: Path) -> None:
+    name = "-".join(["prompts"] * 12) + ".jsonl"
+    (world / "prompts.jsonl").rename(world / name)
+    printed = run_world(f"data.prompts=[{name}]", "--dry-run").out.partition("\nplacement")[0]
+    again = tmp_path / "printed.yaml"
+    again.write_text(printed, encoding="utf-8")
+    assert load_config(again, (), {}).data.prompts == (name,)
+
+
+def test_ctrl_c_exits_130_and_says_so(rayrlhf_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rayrlhf.stages.run, "run", interrupted)
+    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml")
+    assert done.code == 130
+    assert "interrupted" in done.err
+
+
+def test_an_output_folder_that_is_a_file_is_refused(rayrlhf_command: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml", f"run.output={tmp_path / 'file'}", "--dry-run")
+    refused(done, str(tmp_path / "file"))
+
+
+def test_a_head_size_that_the_cpu_engine_cannot_sample_is_refused(run_world: Run) -> None:
+    done = run_world("model.from_scratch.hidden_size=64", "model.from_scratch.heads=4", "--dry-run")
+    refused(done, "heads of size 16 cannot be sampled with cluster.device cpu", "hidden_size / heads must be one of 32")

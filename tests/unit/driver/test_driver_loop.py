@@ -1,0 +1,173 @@
+"""The loop, run with fakes: who is called when, with what, and what is written."""
+
+import asyncio
+import gc
+import tracemalloc
+
+import pytest
+from driver_fakes import KL, World
+
+from rayrlhf.algorithms.kl import AdaptiveKL
+from rayrlhf.driver.loop import run_ppo
+from rayrlhf.driver.pacing import PromptStream, SyncPacing
+
+BATCH = 3
+
+
+def drive(world: World, steps: int = 3, kl=None) -> int:
+    pacing = SyncPacing(PromptStream([10, 11, 12, 13, 14], seed=0), BATCH, steps, world.clock)
+    return asyncio.run(run_ppo(world.parts(), pacing, kl or KL()))
+
+
+def named(world: World, name: str) -> list[tuple]:
+    return [event[1:] for event in world.log if event[0] == name]
+
+
+def test_each_step_calls_every_part_in_order():
+    world = World()
+    assert drive(world, steps=2) == 2
+    step = [
+        "generate",
+        "score",
+        "estimate",
+        "update",
+        "publish",
+        "save_if_due",
+        "write_samples",
+        "gauges",
+        "write",
+    ]
+    assert [event[0] for event in world.log] == ["publish", *step, *step]
+    assert world.phases == ["generate", "score", "estimate", "update", "publish", "save"] * 2
+
+
+def test_version_0_is_published_before_the_first_sample_and_versions_rise_by_one():
+    world = World()
+    drive(world, steps=4)
+    assert world.log[0] == ("publish", 0)
+    assert named(world, "publish") == [(0,), (1,), (2,), (3,), (4,)]
+    assert [r["weights/version"] for r in world.records] == [1, 2, 3, 4]
+
+
+def test_handles_travel_from_part_to_part_unopened():
+    world = World()
+    drive(world, steps=2)
+    assert named(world, "score") == [("rollouts 0",), ("rollouts 1",)]
+    assert [call[:2] for call in named(world, "estimate")] == [("rollouts 0", "scores 0"), ("rollouts 1", "scores 1")]
+    assert named(world, "update") == [("experience 0", 0), ("experience 1", 1)]
+
+
+def test_steps_are_counted_from_one_in_everything_written():
+    world = World()
+    drive(world)
+    assert named(world, "save_if_due") == named(world, "write") == named(world, "write_samples") == [(1,), (2,), (3,)]
+    assert world.samples == [(step, [{"response": "yes"}]) for step in (1, 2, 3)]
+
+
+def test_the_kl_controller_hears_the_kl_and_the_samples_of_each_step():
+    kl = KL()
+    drive(World(), kl=kl)
+    assert kl.updates == [(2.0, BATCH), (3.0, BATCH), (4.0, BATCH)]
+
+
+def test_a_step_uses_and_reports_the_coefficient_from_before_its_own_update():
+    world, kl = World(), KL(0.1)
+    drive(world, kl=kl)
+    assert [call[-1] for call in named(world, "estimate")] == [0.1, 0.2, 0.4]
+    assert [record["kl/coef"] for record in world.records] == [0.1, 0.2, 0.4]
+    assert kl.coef == 0.8
+
+
+def test_an_adaptive_coefficient_steers_the_next_step():
+    world = World()
+    drive(world, steps=2, kl=AdaptiveKL(0.1, target=1.0, horizon=30.0))
+    # KL 2 at target 1: error clipped to 0.2, times 3 samples of a horizon of 30
+    assert [record["kl/coef"] for record in world.records] == pytest.approx([0.1, 0.1 * 1.02])
+
+
+def test_a_record_holds_the_metrics_of_the_design():
+    world = World()
+    drive(world, steps=1)
+    (record,) = world.records
+    phases = ("generate", "score", "estimate", "update", "publish", "save", "other", "step")
+    assert set(record) >= {
+        "step",
+        "reward/mean",
+        "kl/mean",
+        "kl/coef",
+        "policy/loss",
+        "policy/clip_fraction",
+        "policy/ratio_mean",
+        "policy/grad_norm",
+        "value/loss",
+        "value/explained_variance",
+        "memory/policy_gib",
+        "throughput/rollout_tokens_per_s",
+        "throughput/train_tokens_per_s",
+        "weights/version",
+        "weights/publish_s",
+        "weights/gib_per_s",
+        *(f"time/{phase}_s" for phase in phases),
+    }
+    # 2**29 bytes in 0.25 s
+    assert record["weights/gib_per_s"] == pytest.approx(2.0)
+    assert record["weights/publish_s"] == 0.5
+    assert record["weights/quarantined"] == 0
+
+
+def test_throughput_counts_response_tokens_sampled_and_all_tokens_trained():
+    world = World()
+    drive(world, steps=1)
+    (record,) = world.records
+    # every fake response: 4 tokens of a sequence of 10
+    assert record["throughput/rollout_tokens_per_s"] * record["time/generate_s"] == pytest.approx(4 * BATCH)
+    assert record["throughput/train_tokens_per_s"] * record["time/update_s"] == pytest.approx(10 * BATCH)
+
+
+@pytest.mark.parametrize(
+    "phase", ["generate", "score", "estimate", "update", "publish", "save_if_due", "gauges", "write", "write_samples"]
+)
+@pytest.mark.parametrize("fail_at", [0, 1])
+def test_an_error_in_any_part_ends_the_run_at_once(phase, fail_at):
+    world = World(fail=phase, fail_at=fail_at)
+    with pytest.raises(RuntimeError, match=f"{phase} broke"):
+        drive(world)
+    assert world.log[-1][0] == phase
+
+
+def test_a_failed_update_is_neither_published_nor_saved_nor_written():
+    world = World(fail="update")
+    with pytest.raises(RuntimeError, match="update broke"):
+        drive(world)
+    assert named(world, "publish") == [(0,)]
+    assert world.records == []
+    assert named(world, "save_if_due") == []
+
+
+def test_no_steps_publish_once_and_write_nothing():
+    world = World()
+    assert drive(world, steps=0) == 0
+    assert world.log == [("publish", 0)]
+
+
+def test_a_hundred_steps_keep_only_their_trace_events():
+    world = World(keep_log=False)
+    kl = AdaptiveKL(0.1, target=2.0, horizon=1e6)
+    pacing = SyncPacing(PromptStream(list(range(50)), seed=0), 64, 130, world.clock)
+    sizes: list[int] = []
+    write = world.write
+
+    def measure(record):
+        write(record)
+        if record["step"] in (30, 130):
+            gc.collect()
+            sizes.append(tracemalloc.get_traced_memory()[0])
+
+    world.write = measure
+    tracemalloc.start()
+    try:
+        asyncio.run(run_ppo(world.parts(), pacing, kl))
+    finally:
+        tracemalloc.stop()
+    # 7 events of about half a KiB a step; 64 requests kept a step would be several KiB more
+    assert (sizes[1] - sizes[0]) / 100 < 6000
