@@ -72,9 +72,10 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier: PreTrainedModel) -> None:
         super().__init__()
         self.classifier = classifier
-        if not isinstance(getattr(classifier, "score", None), nn.Linear):
+        head = getattr(classifier, "score", None)
+        if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise ModelError(
-                f"{type(classifier).__name__} has no linear head called `score`",
+                f"{type(classifier).__name__} has no linear head called `score` with one output",
                 "reward and value models need a Hugging Face sequence-classification model with num_labels=1",
             )
         bias, scale = getattr(classifier.config, NORMALISATION_KEY, (0.0, 1.0))

@@ -113,10 +113,11 @@ def _check_reward_model(config: Config, path: str) -> None:
     """The reward model must read the policy's token ids as the same tokens."""
     trust = config.model.trust_remote_code
     policy = config.sft.path or config.model.path
-    architectures = read_config(path, trust).architectures or ["unknown"]
-    if not architectures[0].endswith("ForSequenceClassification"):
+    shape = read_config(path, trust)
+    architecture = (shape.architectures or ["model of unknown architecture"])[0]
+    if not architecture.endswith("ForSequenceClassification") or shape.num_labels != 1:
         raise ModelError(
-            f"reward.path {path}: a {architectures[0]} has no reward head",
+            f"reward.path {path}: a {architecture} with {shape.num_labels} labels has no reward head",
             "take a sequence-classification model with one label, such as the `reward` stage writes",
         )
     assert policy is not None  # the config refuses reward.path beside a model from scratch
