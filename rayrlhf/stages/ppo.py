@@ -18,7 +18,6 @@ from rayrlhf.actors.placement import plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, memory_per_role
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
-from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.engines.deepspeed import LearnerSettings
@@ -32,6 +31,7 @@ from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.saving import PolicySaver
+from rayrlhf.stages.training import learner_settings
 from rayrlhf.weights.probe import probe_sequences
 from rayrlhf.weights.publish import WeightPublisher
 
@@ -192,7 +192,7 @@ class _Run:
             micro_batch_tokens=ppo.micro_batch_tokens,
             zero_stage=ppo.frozen_zero_stage if frozen else ppo.zero_stage,
             temperature=config.rollout.temperature,
-            learner=None if frozen else _learner_settings(config, role),
+            learner=None if frozen else self._learner(role),
             estimate=EstimateSettings(ppo.kl.kind, ppo.gamma, ppo.lam),
             update=UpdateSettings(
                 clip=ppo.clip if role == "policy" else ppo.value_clip,
@@ -206,19 +206,10 @@ class _Run:
             samples=config.tracking.samples_per_step,
         )
 
-
-def _learner_settings(config: Config, role: str) -> LearnerSettings:
-    ppo = config.ppo
-    return LearnerSettings(
-        zero_stage=ppo.zero_stage,
-        dtype=config.model.dtype,
-        device=config.cluster.device,
-        learning_rate=ppo.learning_rate if role == "policy" else ppo.value_learning_rate,
-        betas=ppo.adam.betas,
-        eps=ppo.adam.eps,
-        weight_decay=ppo.adam.weight_decay,
-        grad_clip=ppo.adam.grad_clip,
-    )
+    def _learner(self, role: str) -> LearnerSettings:
+        ppo = self.config.ppo
+        rate = ppo.learning_rate if role == "policy" else ppo.value_learning_rate
+        return learner_settings(self.config, ppo.adam, ppo.zero_stage, rate)
 
 
 class _StageSink:

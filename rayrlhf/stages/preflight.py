@@ -11,7 +11,7 @@ from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.readers import check_sources
 from rayrlhf.errors import ConfigError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
-from rayrlhf.stages.datasets import Datasets
+from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.weights.transports import TRANSPORTS
 
 # vLLM 0.32's CPU attention; a CUDA build has its own, wider list.
@@ -69,11 +69,20 @@ def _check_model(config: Config, key: str, path: str) -> None:
             raise ConfigError(str(error), "shorten them, or take a model with a longer context") from None
 
 
-def check_data(config: Config, data: Datasets, todo: Sequence[StageName]) -> None:
-    """Read and tokenize what the stages still to run need; a bad record fails here with its file and line."""
-    needed = {"pretrain": "pretrain", "sft": "sft", "reward": "reward", "ppo": "prompts"}
+def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dict[str, int]]:
+    """Read and tokenize what the stages still to run need; a bad record fails here with its file and line.
+
+    Returns:
+        For each stage what became of its records: kept, dropped (prompt too long), truncated (response too long).
+    """
+    counts: dict[StageName, dict[str, int]] = {}
     for stage in todo:
-        getattr(data, needed[stage])
+        if stage == "ppo":
+            counts[stage] = data.prompts[1]
+        else:
+            split: Split = getattr(data, stage)
+            counts[stage] = split.counts
+    return counts
 
 
 def _check_dropout(config: Config) -> None:

@@ -29,7 +29,7 @@ from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.ppo import run_ppo_stage
 from rayrlhf.stages.reward import run_reward
-from rayrlhf.stages.summary import show_placement, show_summary
+from rayrlhf.stages.summary import show_counts, show_placement, show_summary
 from rayrlhf.stages.world import with_world
 
 __all__ = ["run"]
@@ -57,12 +57,14 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     todo = [stage for stage in config.stages() if lineage.finished(stage) is None]
     tokenizer = config.sft.path or config.model.path or lineage.model("pretrain")
     data = Datasets(config, tokenizer)
-    preflight.check_data(config, data, todo)
+    counts = preflight.check_data(data, todo)
     _check_parents(config, lineage, todo)
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        show_counts(console, counts)
         show_placement(console, config, todo)
         return config.run.output / config.run.name
+    show_counts(console, counts)
     for problem in unsupported():
         console.print(f"[yellow]{problem}[/]")
     return _Run(config, console, store, lineage, data).execute()

@@ -11,8 +11,16 @@ from rich.table import Table
 
 from rayrlhf.actors.placement import plan_ppo, plan_training, required
 from rayrlhf.config import Config
+from rayrlhf.config.run import StageName
 
-__all__ = ["show_placement", "show_summary"]
+__all__ = ["show_counts", "show_placement", "show_summary"]
+
+
+def show_counts(console: Console, counts: Mapping[StageName, Mapping[str, int]]) -> None:
+    """What tokenizing left of each stage's records; nothing is dropped in silence."""
+    for stage, numbers in counts.items():
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
+        console.print(f"{stage:<9} {words}", highlight=False, soft_wrap=True)
 
 
 def show_placement(console: Console, config: Config, todo: Sequence[str]) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import ray
 
 from rayrlhf.actors.placement import plan_training
-from rayrlhf.config.training import SupervisedConfig
+from rayrlhf.config import Config
+from rayrlhf.config.training import Adam, SupervisedConfig
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.supervised import TrainSettings
 from rayrlhf.errors import ActorError, RayRLHFError
@@ -80,7 +81,7 @@ def run_training(
         model=model,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
-        learner=learner_settings(config, section),
+        learner=learner_settings(config, section.adam, section.zero_stage, section.learning_rate),
         train=train_settings(config, section),
         data=ray.put(data),
         extra=extra,
@@ -91,20 +92,21 @@ def run_training(
     return result
 
 
-def learner_settings(config: Any, section: SupervisedConfig) -> LearnerSettings:
+def learner_settings(config: Config, adam: Adam, zero_stage: int, learning_rate: float) -> LearnerSettings:
+    """What a DeepSpeed learner of any stage needs of the config."""
     return LearnerSettings(
-        zero_stage=section.zero_stage,
+        zero_stage=zero_stage,
         dtype=config.model.dtype,
         device=config.cluster.device,
-        learning_rate=section.learning_rate,
-        betas=section.adam.betas,
-        eps=section.adam.eps,
-        weight_decay=section.adam.weight_decay,
-        grad_clip=section.adam.grad_clip,
+        learning_rate=learning_rate,
+        betas=adam.betas,
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+        grad_clip=adam.grad_clip,
     )
 
 
-def train_settings(config: Any, section: SupervisedConfig) -> TrainSettings:
+def train_settings(config: Config, section: SupervisedConfig) -> TrainSettings:
     return TrainSettings(
         learning_rate=section.learning_rate,
         batch_size=section.batch_size,
