@@ -1,4 +1,4 @@
-"""Losses of the recipe: PPO's policy and value, the reward model's ranking, and language modelling.
+"""Losses of the recipe: PPO's policy (and the weights that correct it), value, ranking, DPO, language modelling.
 
 Shapes: B sequences, R response positions, N responses; masks are bool. Masked losses are token means: a sum over
 valid tokens divided by `denominator`, the token count of the *global* minibatch (the own mask's count when None).
@@ -8,6 +8,8 @@ gives 0, attached to the graph, so that a rank without tokens can still run its 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,57 @@ from torch import Tensor
 from rayrlhf.algorithms.kl import LOG_RATIO_LIMIT, kl_estimate
 from rayrlhf.algorithms.masking import at_least_float32, divide, masked_mean, zero_masked
 
-__all__ = ["lm_loss", "ppo_policy_loss", "ppo_value_loss", "ranking_loss"]
+__all__ = [
+    "dpo_loss",
+    "lm_loss",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "ranking_loss",
+    "truncated_importance_weights",
+]
+
+
+def truncated_importance_weights(
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    mask: Tensor,
+    cap: float = 2.0,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weigh tokens that the rollout engine sampled so that they stand for samples of the trainer's policy.
+
+    w_t = min(exp(logprobs_t - rollout_logprobs_t), cap)
+
+    The cap bounds the variance, at the price of a bias; there is no lower bound. The weights are for
+    `ppo_policy_loss(..., weights=w)`.
+
+    Args:
+        logprobs: [B, R], of the trainer at the weights the step started from (`old_logprobs` of the policy loss).
+        rollout_logprobs: [B, R], of the engine that sampled.
+        mask: [B, R].
+        cap: the largest weight; positive and finite.
+        denominator: global token count, for the stats.
+
+    Returns:
+        (weights, stats): [B, R], 0 at masked positions, and scalars; nothing carries a gradient. `weight_mean`,
+        `capped_fraction` (tokens whose weight the cap lowered) and `abs_log_gap_mean` are token means;
+        `max_abs_log_gap`, in nats like it, is a maximum.
+
+    Source: Espeholt et al. 2018 (arXiv 1802.01561), section 4.1, the rho of V-trace; for the gap between a rollout
+    engine and a trainer: Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems" (cap 2).
+    """
+    if not 0 < cap < math.inf:
+        raise ValueError(f"expected 0 < cap < infinity, found {cap}")
+    log_gap = zero_masked(logprobs.detach(), mask) - zero_masked(rollout_logprobs.detach(), mask)
+    ratio = log_gap.exp()  # may be infinite; the cap comes next, and there is no gradient to spoil
+    weights = zero_masked(ratio.clamp(max=cap), mask)
+    stats = {
+        "weight_mean": masked_mean(weights, mask, denominator),
+        "capped_fraction": masked_mean(ratio > cap, mask, denominator),
+        "abs_log_gap_mean": masked_mean(log_gap.abs(), mask, denominator),
+        "max_abs_log_gap": _max_or_zero(log_gap.abs()),
+    }
+    return weights, stats
 
 
 def ppo_policy_loss(
@@ -150,6 +202,43 @@ def ranking_loss(scores: Tensor, ranks: Tensor, prompts: Tensor, denominator: fl
         is_first = ~same_prompt.tril(-1).any(1)  # one response stands for its prompt
         denominator = (is_first & (pairs_of_prompt > 0)).sum()
     return divide(losses.sum(), denominator)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """Compute the loss of direct preference optimisation.
+
+    loss = -mean_b log sigmoid(beta * ((policy_chosen_b - ref_chosen_b) - (policy_rejected_b - ref_rejected_b)))
+
+    A policy equal to its reference loses log 2. No pairs give 0, attached to the graph. A pair's implicit reward is
+    beta * (policy - ref) of either response.
+
+    Args:
+        policy_chosen: [B], the log-prob of the chosen response, summed over its tokens; gets a gradient.
+        policy_rejected: [B], likewise of the rejected response.
+        ref_chosen: [B], of the reference.
+        ref_rejected: [B].
+        beta: the strength of the pull to the reference.
+        denominator: the number of pairs in the global minibatch; the own number when None.
+
+    Returns:
+        A scalar.
+
+    Source: Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
+    """
+    shapes = [tuple(x.shape) for x in (policy_chosen, policy_rejected, ref_chosen, ref_rejected)]
+    if policy_chosen.dim() != 1 or len(set(shapes)) > 1:
+        raise ValueError(f"expected log-probs of one shape [B], summed over the response; found {shapes}")
+    chosen = at_least_float32(policy_chosen) - at_least_float32(ref_chosen.detach())
+    rejected = at_least_float32(policy_rejected) - at_least_float32(ref_rejected.detach())
+    losses = -F.logsigmoid(beta * (chosen - rejected))
+    return divide(losses.sum(), losses.numel() if denominator is None else denominator)
 
 
 def lm_loss(logprobs: Tensor, mask: Tensor, denominator: float | Tensor | None = None) -> Tensor:

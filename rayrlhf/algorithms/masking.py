@@ -23,7 +23,8 @@ __all__ = [
     "zero_masked",
 ]
 
-_VARIANCE_EPSILON = 1e-8  # that of `whiten` in OpenAI's lm-human-preferences
+VARIANCE_EPSILON = 1e-8
+"""Added to a variance before its root is divided by: that of `whiten` in OpenAI's lm-human-preferences."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def whiten_with_moments(
     mean, variance = _mean_and_var(count, total, total_squares, unbiased)
     kept = zero_masked(x, mask)
     # The subtraction stays in float64: rounding the mean first would shift every token alike.
-    white = (kept.double() - mean) * torch.rsqrt(variance + _VARIANCE_EPSILON)
+    white = (kept.double() - mean) * torch.rsqrt(variance + VARIANCE_EPSILON)
     if not shift_mean:
         white = white + mean
     return zero_masked(white.to(kept.dtype), mask)

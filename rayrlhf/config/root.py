@@ -37,6 +37,12 @@ class Config(Section):
         return tuple(stage for stage in STAGES if stage in self.run.stages and not given[stage])
 
     @model_validator(mode="after")
+    def _something_is_to_be_run(self) -> Config:
+        if not self.stages():
+            raise ValueError("run.stages leaves nothing to run: it is empty, or given models stand in for all of it")
+        return self
+
+    @model_validator(mode="after")
     def _stages_have_data(self) -> Config:
         if self.world.name:
             if any(getattr(self.data, field) for field in ("root", *SOURCE_FIELDS)):

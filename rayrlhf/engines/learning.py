@@ -66,6 +66,9 @@ def estimate(
 
     Returns:
         Experiences in the order of `rollouts`, and metrics averaged over all ranks.
+
+    Raises:
+        TrainingError: on every rank, when any score or log-prob is not finite: such a sample must not train.
     """
     mask_BR = _mask([r.info.response_tokens for r in rollouts], device)
 
@@ -84,6 +87,7 @@ def estimate(
     else:  # fewer samples than ranks: this one only takes part in the reductions
         logprobs_BR = reference_BR = values_BR = engine_BR = torch.zeros(0, 0, device=device)
         scores_B = torch.zeros(0, device=device)
+    _check_finite(rollouts, scores, device)
     kl_BR = kl_estimate(logprobs_BR, reference_BR, settings.kl_kind)
     rewards_BR = token_rewards(scores_B, kl_BR, mask_BR, kl_coef)
     advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, settings.gamma, settings.lam)
@@ -100,7 +104,7 @@ def estimate(
         )
         for i, rollout in enumerate(rollouts)
     ]
-    metrics = _estimate_metrics(rollouts, scores_B, kl_BR, mask_BR, logprobs_BR - engine_BR)
+    metrics = _estimate_metrics(rollouts, scores_B, kl_BR, mask_BR, logprobs_BR, engine_BR)
     return experiences, metrics | {"value/explained_variance": _explained_variance(returns_BR, values_BR, mask_BR)}
 
 
@@ -215,13 +219,36 @@ def _check_first_ratio(maximum: float, allowed: float | None, device: torch.devi
         )
 
 
+def _check_finite(rollouts: Sequence[Rollout], scores: Scores, device: torch.device) -> None:
+    bad = ""
+    for sample in (r.info.sample_id for r in rollouts):
+        parts: dict[str, np.ndarray] = {
+            "reward": np.asarray(scores.rewards[sample]),
+            "log-prob": scores.logprobs[sample],
+            "reference log-prob": scores.reference_logprobs[sample],
+            "value": scores.values[sample],
+        }
+        for name, numbers in parts.items():
+            if not np.isfinite(numbers).all():
+                bad = f"the {name} of sample {sample} is not finite"
+    if all_reduce_max(1.0 if bad else 0.0, device):  # all ranks stop, or the others would wait for this one
+        raise TrainingError(bad or "a number on another rank is not finite", "see the logs of the role it comes from")
+
+
 def _estimate_metrics(
-    rollouts: Sequence[Rollout], scores_B: Tensor, kl_BR: Tensor, mask_BR: Tensor, gap_BR: Tensor
+    rollouts: Sequence[Rollout],
+    scores_B: Tensor,
+    kl_BR: Tensor,
+    mask_BR: Tensor,
+    logprobs_BR: Tensor,
+    engine_BR: Tensor,
 ) -> dict[str, float]:
     responses, tokens = float(len(rollouts)), float(mask_BR.sum())
     kl = float(kl_BR[mask_BR].double().sum())
-    gap = gap_BR[mask_BR].double().abs()
+    gap = (logprobs_BR - engine_BR)[mask_BR].double().abs()
     sums = {
+        # E[-log pi] under pi is the entropy: the sampled tokens estimate it without a pass over the vocabulary.
+        "policy/entropy": (-float(logprobs_BR[mask_BR].double().sum()), tokens),
         "reward/mean": (float(scores_B.double().sum()), responses),
         "reward/square": (float(scores_B.double().square().sum()), responses),
         "kl/mean": (kl, responses),

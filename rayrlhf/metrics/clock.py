@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import IO
 
 __all__ = ["PHASES", "StepClock"]
 
@@ -17,13 +17,14 @@ PHASES = ("generate", "score", "estimate", "update", "publish", "save")
 class StepClock:
     """Times the phases of a step; what lies between them is `time/other_s`."""
 
-    def __init__(self, on_phase: Callable[[str], None] = lambda name: None) -> None:
-        """`on_phase` hears the name of each phase as it begins."""
+    def __init__(self, trace: Path, on_phase: Callable[[str], None] = lambda name: None) -> None:
+        """The trace grows as the run does; `on_phase` hears the name of each phase as it begins."""
         self._on_phase = on_phase
+        self._trace: IO[str] = open(trace, "w", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._separator = "[\n"
         self._origin = perf_counter()
         self._step_start = self._origin
         self._seconds: dict[str, float] = {}
-        self.events: list[dict[str, Any]] = []
 
     def start_step(self) -> None:
         self._step_start = perf_counter()
@@ -52,18 +53,20 @@ class StepClock:
             times[f"throughput/{name}_tokens_per_s"] = tokens[name] / seconds if seconds else 0.0
         return times
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"traceEvents": self.events}), encoding="utf-8")
+    def close(self) -> None:
+        """End the trace; viewers read one that was cut off too."""
+        self._trace.write("\n]\n" if self._separator == ",\n" else "[]\n")
+        self._trace.close()
 
     def _event(self, name: str, start: float, seconds: float, tid: int) -> None:
         microseconds = 1e6
-        self.events.append(
-            {
-                "name": name,
-                "ph": "X",
-                "pid": 0,
-                "tid": tid,
-                "ts": (start - self._origin) * microseconds,
-                "dur": seconds * microseconds,
-            }
-        )
+        event = {
+            "name": name,
+            "ph": "X",
+            "pid": 0,
+            "tid": tid,
+            "ts": (start - self._origin) * microseconds,
+            "dur": seconds * microseconds,
+        }
+        self._trace.write(self._separator + json.dumps(event))
+        self._separator = ",\n"

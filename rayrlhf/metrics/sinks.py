@@ -53,7 +53,7 @@ class WandbSink:
         self._run.log(numbers)
 
     def close(self) -> None:
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class RunSink:

@@ -98,7 +98,7 @@ class _Run:
 
     async def _loop(self, progress: StageProgress) -> list[dict[str, Any]]:
         config, ppo = self.config, self.config.ppo
-        clock = StepClock(on_phase=progress.phase)
+        clock = StepClock(self.workspace / "trace.json", progress.phase)
         prompts, _ = self.context.data.prompts
         stream = PromptStream([p.prompt_id for p in prompts], config.run.seed)
         publisher = WeightPublisher(self._probe_rows(), config.model.dtype, config.weights.probe_tolerance)
@@ -129,7 +129,7 @@ class _Run:
         try:
             await run_ppo(parts, SyncPacing(stream, ppo.batch_size, ppo.steps, clock), kl)
         finally:
-            clock.save(self.workspace / "trace.json")
+            clock.close()
             sink.close()
         return sink.history
 

@@ -61,8 +61,8 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     _check_parents(config, lineage, todo)
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
-        show_counts(console, counts)
         show_placement(console, config, todo)
+        show_counts(console, counts)
         return config.run.output / config.run.name
     show_counts(console, counts)
     for problem in unsupported():

@@ -150,7 +150,7 @@ class WeightPublisher:
         passed = []
         for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                result.quarantined[target.name] = str(outcome)
+                result.quarantined[target.name] = str(outcome) or repr(outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:

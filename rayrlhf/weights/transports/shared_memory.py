@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -32,19 +34,24 @@ class _Segment:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.buffer: torch.Tensor | None = None
+        self._file: IO[bytes] | None = None
 
     def at_least(self, nbytes: int) -> torch.Tensor:
         if self.buffer is None or self.buffer.numel() < nbytes:
             self.unlink()  # a receiver that still maps the old file keeps it; this one is new
-            with open(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b") as file:
-                file.truncate(nbytes)
-                mapping = mmap.mmap(file.fileno(), nbytes)
-            self.buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+            self._file = open(descriptor, "r+b")  # noqa: SIM115 (held open: the lock lives as long as the file)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(nbytes)
+            self.buffer = torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
         return self.buffer
 
     def unlink(self) -> None:
         self.buffer = None
         self.path.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class _Sender:
@@ -82,8 +89,8 @@ class _Receiver:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Unlink segments whose sender was killed before it could close."""
+    """Unlink segments whose sender was killed before it could close: nobody holds their lock any more."""
     for path in folder.glob(f"{PREFIX}*-*-[0-9]"):
-        pid = path.name.rsplit("-", 2)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Who gets what of the cluster, in numbers."""
 
 import pytest
+from pydantic import ValidationError
 
 from rayrlhf.actors.placement import RolePlacement, check_resources, plan_ppo, plan_training, required
 from rayrlhf.config import Config
@@ -106,3 +107,10 @@ def test_a_run_of_ppo_alone_needs_no_room_for_training():
     given = config(train={"ranks": 16, "cpus": 1}).model_dump()
     given["run"]["stages"] = ("ppo",)
     check_resources(Config.model_validate(given), {"CPU": 2.0})
+
+
+def test_a_run_without_any_stage_left_is_refused():
+    given = config().model_dump()
+    given["run"]["stages"] = ("pretrain",)  # model.path is given
+    with pytest.raises(ValidationError, match="leaves nothing to run"):
+        Config.model_validate(given)

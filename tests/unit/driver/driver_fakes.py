@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rayrlhf.driver.loop import Parts
@@ -25,7 +27,7 @@ class World:
         self.samples: list[tuple[int, Any]] = []
         self.asked: list[list[SampleRequest]] = []
         self.phases: list[str] = []
-        self.clock = StepClock(self.phases.append if keep_log else lambda name: None)
+        self.clock = StepClock(Path(os.devnull), self.phases.append if keep_log else lambda name: None)
         self._fail, self._fail_at, self._counts = fail, fail_at, dict[str, int]()
         self._keep_log = keep_log
 

@@ -72,6 +72,7 @@ def test_experience_and_metrics_match_a_float64_loop(kind, gamma, lam, coef):
     gaps = np.abs(np.concatenate([scores.logprobs[r.info.sample_id] - r.logprobs for r in batch]))
     assert metrics == pytest.approx(
         {
+            "policy/entropy": -np.concatenate([scores.logprobs[r.info.sample_id] for r in batch]).mean(),
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(),
             "kl/mean": np.mean([sum(row["kl"]) for row in rows.values()]),
@@ -113,6 +114,7 @@ def test_estimate_by_hand():
     assert got[1].advantages.tolist() == pytest.approx([-1 / 3 / std], rel=1e-5)
     assert metrics == pytest.approx(
         {
+            "policy/entropy": 2.0,  # log-probs -1, -2, -3
             "reward/mean": 1.0,
             "reward/std": 2.0,
             "kl/mean": -0.25,
@@ -125,6 +127,15 @@ def test_estimate_by_hand():
             "value/explained_variance": 1 - 1 / 12,
         }
     )
+
+
+@pytest.mark.parametrize("field", ["rewards", "values", "logprobs", "reference_logprobs"])
+def test_a_number_that_is_not_finite_stops_the_run_and_names_the_sample(field):
+    batch, scores = two_responses()
+    table = getattr(scores, field)
+    table[8] = table[8] * math.nan
+    with pytest.raises(TrainingError, match="of sample 8 is not finite"):
+        estimate(batch, scores, EstimateSettings("k1", 1.0, 1.0), 2.0, CPU)
 
 
 def test_equal_returns_have_no_explained_variance():

@@ -10,8 +10,8 @@ from rayrlhf.metrics.clock import PHASES, StepClock
 NO_TOKENS = {"rollout": 0, "train": 0}
 
 
-def test_phases_and_other_add_up_to_the_step():
-    clock = StepClock()
+def test_phases_and_other_add_up_to_the_step(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
     for name in PHASES:
         with clock.phase(name):
@@ -24,8 +24,8 @@ def test_phases_and_other_add_up_to_the_step():
     assert all(times[f"time/{name}_s"] >= 0.002 for name in PHASES)
 
 
-def test_the_phases_are_those_of_the_design_and_one_that_did_not_run_took_0_s():
-    clock = StepClock()
+def test_the_phases_are_those_of_the_design_and_one_that_did_not_run_took_0_s(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
     times = clock.end_step(NO_TOKENS)
     assert {k for k in times if k.startswith("time/")} == {
@@ -34,8 +34,8 @@ def test_the_phases_are_those_of_the_design_and_one_that_did_not_run_took_0_s():
     assert times["time/generate_s"] == 0.0
 
 
-def test_a_phase_entered_twice_counts_both_times():
-    clock = StepClock()
+def test_a_phase_entered_twice_counts_both_times(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
     for _ in range(2):
         with clock.phase("publish"):
@@ -43,8 +43,8 @@ def test_a_phase_entered_twice_counts_both_times():
     assert clock.end_step(NO_TOKENS)["time/publish_s"] >= 0.006
 
 
-def test_a_new_step_starts_from_zero():
-    clock = StepClock()
+def test_a_new_step_starts_from_zero(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
     with clock.phase("save"):
         sleep(0.003)
@@ -53,8 +53,8 @@ def test_a_new_step_starts_from_zero():
     assert clock.end_step(NO_TOKENS)["time/save_s"] == 0.0
 
 
-def test_throughput_is_tokens_over_the_seconds_of_their_phase_and_0_without_any():
-    clock = StepClock()
+def test_throughput_is_tokens_over_the_seconds_of_their_phase_and_0_without_any(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
     with clock.phase("generate"):
         sleep(0.002)
@@ -63,16 +63,16 @@ def test_throughput_is_tokens_over_the_seconds_of_their_phase_and_0_without_any(
     assert times["throughput/train_tokens_per_s"] == 0.0
 
 
-def test_each_phase_is_announced_as_it_begins():
+def test_each_phase_is_announced_as_it_begins(tmp_path):
     heard: list[str] = []
-    clock = StepClock(heard.append)
+    clock = StepClock(tmp_path / "trace.json", heard.append)
     clock.start_step()
     with clock.phase("update"):
         assert heard == ["update"]
 
 
-def test_a_phase_that_fails_is_still_timed():
-    clock = StepClock()
+def test_a_phase_that_fails_is_still_timed(tmp_path):
+    clock = StepClock(tmp_path / "trace.json")
     clock.start_step()
 
     def score() -> None:
@@ -83,19 +83,20 @@ def test_a_phase_that_fails_is_still_timed():
     with pytest.raises(RuntimeError, match="broke"):
         score()
     assert clock.end_step(NO_TOKENS)["time/score_s"] >= 0.002
-    assert clock.events[0]["name"] == "score"
+    clock.close()
+    assert json.loads((tmp_path / "trace.json").read_text())[0]["name"] == "score"
 
 
 def test_the_trace_is_a_chrome_trace_of_complete_events(tmp_path):
-    clock = StepClock()
+    clock = StepClock(tmp_path / "trace.json")
     for _ in range(2):
         clock.start_step()
         for name in ("generate", "score"):
             with clock.phase(name):
                 sleep(0.001)
         clock.end_step(NO_TOKENS)
-    clock.save(tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    clock.close()
+    events = json.loads((tmp_path / "trace.json").read_text())
     assert [e["name"] for e in events] == ["generate", "score", "step"] * 2
     for event in events:
         assert event["ph"] == "X"  # a complete event: begin and duration in one, both in microseconds

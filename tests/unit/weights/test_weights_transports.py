@@ -1,7 +1,6 @@
 """Transports: the bytes that arrive are the bytes sent, and nothing is left behind in /dev/shm."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,22 +91,18 @@ def test_close_leaves_no_file_behind(sender):
     sender.close()  # twice is fine
 
 
-def test_segments_of_dead_processes_are_removed_and_those_of_live_ones_kept(tmp_path):
-    child = subprocess.Popen(["true"])
-    child.wait()
-    dead = [tmp_path / f"rayrlhf-run-with-dashes-{child.pid}-{i}" for i in (0, 1)]
-    kept = [
-        tmp_path / f"rayrlhf-run-{os.getpid()}-0",
-        tmp_path / "rayrlhf-run-1-1",  # init lives
-        tmp_path / f"other-run-{child.pid}-0",
-        tmp_path / "rayrlhf-notes.txt",
-        tmp_path / "rayrlhf-run-name-0",
-    ]
+def test_segments_that_no_sender_holds_are_removed_and_live_ones_kept(tmp_path, sender):
+    """A killed sender's lock goes with it; a live one's files are locked, in whatever pid namespace it lives."""
+    dead = [tmp_path / f"rayrlhf-run-with-dashes-4242-{i}" for i in (0, 1)]
+    kept = [tmp_path / "other-run-4242-0", tmp_path / "rayrlhf-notes.txt"]
     for path in [*dead, *kept]:
         path.write_bytes(b"x")
     _remove_orphans(tmp_path)
     assert not any(path.exists() for path in dead)
     assert all(path.exists() for path in kept)
+    live = Path(send(sender, 0, torch.zeros(8))[0]["path"])
+    _remove_orphans(live.parent)
+    assert live.exists()
 
 
 def test_a_stale_segment_under_the_same_process_id_is_replaced():
