@@ -26,13 +26,11 @@ class Actor:
         return ray.util.get_node_ip_address(), port
 
     def memory_gib(self) -> float:
-        """Resident memory of this process and its children, with the GPU memory it allocated."""
+        """Resident memory of this process, with the GPU memory it allocated."""
         import torch
 
-        process = psutil.Process()
-        held: float = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)) if p.is_running())
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        return (held + gpu) / 2**30
+        return float(psutil.Process().memory_info().rss + gpu) / 2**30
 
 
 def send_output_to(path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import ray
 
 from rayrlhf.actors.base import Actor
@@ -26,6 +27,11 @@ class RolloutActor(Actor):
 
     def start(self, prompts: list[PromptTokens]) -> None:
         self._engine = RolloutEngine(self._settings, prompts)
+
+    def memory_gib(self) -> float:
+        """Also that of the shards' processes, where the engine has several."""
+        shards = psutil.Process().children() if self._settings.tensor_parallel > 1 else []
+        return super().memory_gib() + float(sum(p.memory_info().rss for p in shards)) / 2**30
 
     def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[RolloutInfo], list[Any]]:
         """Who was sampled, and the handle of their `Rollout`s in a list."""
