@@ -66,8 +66,8 @@ def disagreement(probs: Tensor) -> Tensor:
 
 
 def _binary_entropy(probs: Tensor) -> Tensor:
-    """Return H(p) in nats, elementwise, any shape; `entr` knows that 0 log 0 = 0."""
-    return torch.special.entr(probs) + torch.special.entr(1 - probs)
+    """Return H(p) in nats, elementwise, any shape; `xlogy` knows that 0 log 0 = 0."""
+    return -torch.xlogy(probs, probs) - torch.xlogy(1 - probs, 1 - probs)
 
 
 def _checked(probs: Tensor, members: bool = False) -> Tensor:

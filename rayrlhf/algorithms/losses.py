@@ -38,8 +38,7 @@ def truncated_importance_weights(
 
     w_t = min(exp(logprobs_t - rollout_logprobs_t), cap)
 
-    The cap bounds the variance, at the price of a bias; there is no lower bound. The weights are for
-    `ppo_policy_loss(..., weights=w)`.
+    The cap bounds the variance, at the price of a bias. For `ppo_policy_loss(..., weights=w)`.
 
     Args:
         logprobs: [B, R], of the trainer at the weights the step started from (`old_logprobs` of the policy loss).
@@ -49,9 +48,8 @@ def truncated_importance_weights(
         denominator: global token count, for the stats.
 
     Returns:
-        (weights, stats): [B, R], 0 at masked positions, and scalars; nothing carries a gradient. `weight_mean`,
-        `capped_fraction` (tokens whose weight the cap lowered) and `abs_log_gap_mean` are token means;
-        `max_abs_log_gap`, in nats like it, is a maximum.
+        (weights, stats): [B, R], 0 at masked positions, and scalars; no gradients. `weight_mean`, `capped_fraction`
+        (weights that the cap lowered) and `abs_log_gap_mean` are token means; `max_abs_log_gap` is a maximum.
 
     Source: Espeholt et al. 2018 (arXiv 1802.01561), section 4.1, the rho of V-trace; for the gap between a rollout
     engine and a trainer: Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems" (cap 2).
