@@ -12,6 +12,7 @@ import ray
 
 from rayrlhf.actors.placement import check_resources, required
 from rayrlhf.config import Config
+from rayrlhf.errors import ResourceError
 
 __all__ = ["connect", "disconnect"]
 
@@ -30,16 +31,7 @@ def connect(config: Config) -> None:
     local = config.cluster.address is None
     logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
     needs = required(config)
-    ray.init(
-        address=None if local else config.cluster.address,
-        namespace=f"rayrlhf-{config.run.name}",
-        # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
-        num_cpus=max(os.cpu_count() or 1, math.ceil(needs["CPU"])) if local else None,
-        include_dashboard=False if local else None,
-        log_to_driver=False,  # actors write to files of their own
-        configure_logging=False,
-        logging_level=logging.ERROR,
-    )
+    _init(config, local, math.ceil(needs["CPU"]))
     try:
         check_resources(config, ray.cluster_resources())
     except BaseException:
@@ -47,10 +39,36 @@ def connect(config: Config) -> None:
         raise
 
 
+def _init(config: Config, local: bool, cpus: int) -> None:
+    try:
+        _ray_init(config, local, cpus)
+    except ConnectionError as error:
+        raise ResourceError(
+            f"cluster.address {config.cluster.address}: no Ray cluster answers ({str(error).splitlines()[0]})",
+            "start one with `ray start --head`, or leave cluster.address out to start Ray here",
+        ) from None
+
+
+def _ray_init(config: Config, local: bool, cpus: int) -> None:
+    ray.init(
+        address=None if local else config.cluster.address,
+        namespace=f"rayrlhf-{config.run.name}",
+        # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
+        num_cpus=max(os.cpu_count() or 1, cpus) if local else None,
+        include_dashboard=False if local else None,
+        log_to_driver=False,  # actors write to files of their own
+        configure_logging=False,
+        logging_level=logging.ERROR,
+    )
+
+
 def disconnect() -> None:
     """Leave Ray. A Ray that `connect` started ends, and every process of it: some outlive its shutdown otherwise."""
-    roots = [p for p in psutil.Process().children() if p.name() in ("raylet", "gcs_server")]
-    ours = [p for root in roots for p in (root, *root.children(recursive=True))]
+    ours: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() in ("raylet", "gcs_server"):
+                ours += [child, *child.children(recursive=True)]
     ray.shutdown()
     _, alive = psutil.wait_procs(ours, timeout=GRACE_S)
     for process in alive:

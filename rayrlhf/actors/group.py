@@ -33,7 +33,7 @@ class ActorGroup:
         return self.placement.ranks
 
     async def spawn(self, actor_class: type, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
-        """Create one actor per rank; returns when their constructors have run. Call `start` next."""
+        """Create one actor per rank once there is room; they start in the background. Call `start` next."""
         try:
             await asyncio.wait_for(_as_future(self._bundles.ready()), timeout_s)
         except TimeoutError:
@@ -89,11 +89,13 @@ class ActorGroup:
     async def _wait(self, refs: list[Any], method: str, timeout_s: float, first: int = 0) -> list[Any]:
         futures = [_as_future(ref) for ref in refs]
         done, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for rank, future in enumerate(futures, start=first):
-            if future in done and future.exception():
-                for other in pending:
-                    other.cancel()
-                raise self._explain(future.exception(), rank, method)
+        for other in pending:
+            other.cancel()
+        # All of them are asked for: asyncio prints a traceback for an exception that nobody looked at.
+        failures = {rank: f.exception() for rank, f in enumerate(futures, start=first) if f in done}
+        for rank, error in failures.items():
+            if error is not None:
+                raise self._explain(error, rank, method)
         if pending:
             rank = first + next(i for i, f in enumerate(futures) if f in pending)
             raise ActorTimeout(

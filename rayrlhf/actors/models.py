@@ -140,10 +140,10 @@ class PolicyActor(_LearnerActor):
         assert s.learner is not None
         learner = Learner(load_policy(s.path, s.trust_remote_code), s.learner)
         if learner.rank == 0:
-            from rayrlhf.data.chat import load_tokenizer
+            from transformers import AutoTokenizer
 
             self._sender = create_sender(s.transport, s.run)
-            self._tokenizer = load_tokenizer(s.path, None, s.trust_remote_code)
+            self._tokenizer = AutoTokenizer.from_pretrained(s.path, trust_remote_code=s.trust_remote_code)
         return learner
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
@@ -212,7 +212,7 @@ class PolicyActor(_LearnerActor):
                     "prompt": self._tokenizer.decode(prompt),
                     "response": self._tokenizer.decode(response),
                     "reward": scores.rewards[info.sample_id],
-                    "kl": float(log_ratio.sum()),
+                    "kl_k1": float(log_ratio.sum()),
                     "response_tokens": info.response_tokens,
                     "truncated": info.truncated,
                 }

@@ -11,6 +11,7 @@ import numpy as np
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch
+from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
 __all__ = ["LearnerRoles", "ScorerRoles", "memory_per_role"]
@@ -41,9 +42,11 @@ class LearnerRoles:
         minibatch_size: int,
         epochs: int,
         seed: int,
+        first_kl_limit: float,
         learning_rates: Callable[[int], tuple[float, float]],
     ) -> None:
-        """`learning_rates(step)` gives the policy's and the value model's."""
+        """`learning_rates(step)` gives the policy's and the value model's; `first_kl_limit`: see `update`."""
+        self._first_kl_limit = first_kl_limit
         self._policy = policy
         self._value = value
         self._minibatch_size = minibatch_size
@@ -65,6 +68,14 @@ class LearnerRoles:
         return ExperienceBatch(infos, handles, results[0][1], results[0][2])
 
     async def update(self, experience: ExperienceBatch, step: int) -> StepReport:
+        """Raises TrainingError when policy and reference, the same model on step 0, do not score tokens alike."""
+        first_kl = abs(experience.metrics["kl/per_token"])
+        if step == 0 and not first_kl <= self._first_kl_limit:
+            raise TrainingError(
+                f"KL to the reference is {first_kl:.3g} nats per token before any update "
+                f"(allowed {self._first_kl_limit:g})",
+                "policy and reference were loaded from different weights, or run in different precision",
+            )
         minibatches = self._minibatches(experience.infos, step)
         policy_rate, value_rate = self._learning_rates(step)
         policy, value = await asyncio.gather(

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,9 @@ class ArtifactStore:
             return None
 
     def workspace(self, stage: str, key: str) -> Path:
-        """An empty folder to build the artifact in; what an earlier, broken attempt left there is removed."""
-        folder = self.root / f".{stage}-{key}.partial"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
+        """An empty folder of this process to build the artifact in: two runs may be at the same stage at once."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{stage}-{key}-", suffix=".partial", dir=self.root))
 
     def finish(
         self,

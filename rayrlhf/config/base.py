@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-__all__ = ["Fraction", "NonNegative", "NonNegativeInt", "Positive", "PositiveInt", "Section", "ZeroStage"]
+__all__ = ["Folder", "Fraction", "NonNegative", "NonNegativeInt", "Positive", "PositiveInt", "Section", "ZeroStage"]
 
 # Numbers are strict: `true` is not 1 and "8" is not 8; an int is a fine float.
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
@@ -14,6 +15,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 ZeroStage = Annotated[int, Field(ge=0, le=3, strict=True)]
 
 

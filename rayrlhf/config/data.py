@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import PositiveInt, Section
+from rayrlhf.config.base import Folder, PositiveInt, Section
 
 __all__ = ["SOURCE_FIELDS", "DataConfig"]
 
@@ -17,7 +16,7 @@ SOURCE_FIELDS = ("text", "demonstrations", "rankings", "heldout_rankings", "prom
 class DataConfig(Section):
     """A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .txt.gz) or a hub name `org/name:split`."""
 
-    root: Path | None = None
+    root: Folder | None = None
     """Folder that relative file names start from; the environment's RAYRLHF_HUMAN_DATA when None."""
     text: tuple[str, ...] = ()
     """Plain text to pretrain on."""
@@ -35,4 +34,4 @@ class DataConfig(Section):
     overlong_prompts: Literal["drop", "refuse"] = "drop"
     """Drop prompts over the limit and count them, or refuse to run."""
     max_records: PositiveInt | None = None
-    """At most this many records of each source, the first ones; None takes all."""
+    """At most this many records for each value of their `source` field, the first ones; None takes all."""

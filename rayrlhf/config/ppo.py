@@ -54,6 +54,18 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adaptive_kl_can_move(self) -> PPOConfig:
+        if self.kl.target is not None:
+            if self.kl.coef == 0:
+                raise ValueError("kl.target and kl.coef 0 contradict each other: a coefficient of 0 never moves")
+            if self.kl.horizon <= 0.2 * self.batch_size:
+                raise ValueError(
+                    f"kl.horizon {self.kl.horizon:g} and batch_size {self.batch_size} contradict each other: one step "
+                    "could turn the coefficient negative; take a horizon of many batches"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_models_have_no_optimizer_to_shard(self) -> PPOConfig:
         if self.frozen_zero_stage not in (0, 3):
             raise ValueError(

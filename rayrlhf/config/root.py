@@ -88,7 +88,7 @@ def check_context(config: Config, context: int, name: str) -> None:
     responses = {}
     if "ppo" in config.stages():
         responses["rollout.max_tokens"] = config.rollout.max_tokens
-    if "sft" in config.stages():
+    if "sft" in config.stages() or ("reward" in config.stages() and config.data.demonstrations):
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens
     if "reward" in config.stages():
         responses["reward.max_response_tokens"] = config.reward.max_response_tokens

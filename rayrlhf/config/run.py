@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import NonNegativeInt, PositiveInt, Section
+from rayrlhf.config.base import Folder, NonNegativeInt, PositiveInt, Section
 
 __all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConfig"]
 
@@ -19,7 +19,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
     """Names the folder of the run and its actors."""
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
-    output: Path = Path("runs")
+    output: Folder = Path("runs")
     """Runs go to `<output>/<name>/`; finished stages to `<output>/artifacts/`, shared by all runs there."""
     stages: tuple[StageName, ...] = STAGES
     """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set."""

@@ -114,7 +114,7 @@ def load_tokenizer(
     tokenizer = _load(str(path), trust_remote_code)
     _refuse_swapped_class(tokenizer, Path(path))
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        with_template(tokenizer, chat_template)
     elif not tokenizer.chat_template:
         known = tokenizer.get_vocab()
         missing = [token for token in ROLE_TOKENS if token not in known]
@@ -124,6 +124,17 @@ def load_tokenizer(
         tokenizer.chat_template = DEFAULT_TEMPLATE
     validate_tokenizer(tokenizer, str(path))
     encode_prompt(tokenizer, (("user", "Hello"),))  # a broken template shows here, not in the middle of a run
+    return tokenizer
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> PreTrainedTokenizerBase:
+    """Give the tokenizer a template (Jinja text or the path of a file) in place of its own, and check that it works.
+
+    Raises:
+        ModelError: there is no such file, or the template refuses a plain user turn.
+    """
+    tokenizer.chat_template = _template_text(chat_template)
+    encode_prompt(tokenizer, (("user", "Hello"),))
     return tokenizer
 
 

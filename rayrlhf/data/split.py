@@ -1,4 +1,4 @@
-"""Train / held-out split by prompt: records that share a prompt never part."""
+"""Which records train: the split by prompt (records that share one never part), and no judgement twice."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 from rayrlhf.errors import ConfigError
-from rayrlhf.types import Turns
+from rayrlhf.types import Ranking, Turns
 
-__all__ = ["split_by_prompt"]
+__all__ = ["drop_implied", "split_by_prompt"]
 
 
 class _Prompted(Protocol):
@@ -48,3 +48,21 @@ def _place(prompt: Turns, seed: int) -> float:
     """Where a prompt falls in [0, 1). hashlib, since hash() differs from process to process."""
     digest = hashlib.sha256(json.dumps([seed, prompt]).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def drop_implied(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Leave out pairs that a longer ranking of the same prompt already holds, in the same order.
+
+    A judgement that stands both as a pair and inside a ranking would otherwise be trained twice. Order is kept.
+    """
+    held: dict[Turns, list[dict[str, int]]] = {}
+    for ranking in rankings:
+        if len(ranking.responses) > 2:
+            held.setdefault(ranking.prompt, []).append(dict(zip(ranking.responses, ranking.ranks, strict=True)))
+
+    def implied(pair: Ranking) -> bool:
+        (a, b), (rank_a, rank_b) = pair.responses, pair.ranks
+        tables = (t for t in held.get(pair.prompt, []) if a in t and b in t)
+        return any((t[a] < t[b]) == (rank_a < rank_b) and (t[a] > t[b]) == (rank_a > rank_b) for t in tables)
+
+    return [r for r in rankings if len(r.responses) > 2 or not implied(r)]

@@ -71,6 +71,7 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
             "weights/probe_s": published.probe_s,
             "weights/gib_per_s": published.nbytes / 2**30 / published.transfer_s,
             "weights/quarantined": len(published.quarantined),
+            "weights/quarantine_reasons": published.quarantined,
         }
         kl.update(report.kl, report.num_samples)
         parts.sink.write_samples(step + 1, experience.samples)

@@ -6,6 +6,7 @@ micro-batches; the shorter ones run a dummy whose loss counts zero, or a sharded
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,11 @@ class FrozenModel(_Engine):
             engine, *_ = deepspeed.initialize(model=module, config=_base_config(3, dtype))
             self.module, self._call = engine.module, engine
         else:
-            module.to(self.device, getattr(torch, dtype))
+            for parameter in module.parameters():
+                # Not module.to(dtype): that would round the rotary frequencies too, which DeepSpeed leaves alone in
+                # the learner, and the two would drift apart with the position.
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+            module.to(self.device)
 
 
 class Learner(_Engine):
@@ -89,7 +94,7 @@ class Learner(_Engine):
         import deepspeed
 
         self.settings = settings
-        config = _base_config(settings.zero_stage, settings.dtype) | {
+        config = _base_config(_stage(settings), settings.dtype) | {
             "gradient_clipping": settings.grad_clip,
             "optimizer": {
                 "type": "AdamW",
@@ -117,7 +122,7 @@ class Learner(_Engine):
             `loss` (this rank's share of it) and `grad_norm` (global, before clipping).
 
         Raises:
-            TrainingError: when the loss is NaN or infinite; the step is not taken.
+            TrainingError: when the loss (the step is not taken) or the gradient is NaN or infinite.
         """
         self.module.train()
         for group in self.engine.optimizer.param_groups:
@@ -134,8 +139,10 @@ class Learner(_Engine):
             raise TrainingError(f"the loss is not finite (rank {self.rank}: {total})", "lower the learning rate")
         plain_norm = self._plain_grad_norm()
         self.engine.step()
-        norm = plain_norm if plain_norm is not None else self.engine.get_global_grad_norm()
-        return {"loss": total, "grad_norm": float(norm) if norm is not None else float("nan")}
+        norm = float(plain_norm if plain_norm is not None else self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):  # the same on every rank, so all of them stop
+            raise TrainingError("the gradient is not finite; this step's weights are lost", "lower the learning rate")
+        return {"loss": total, "grad_norm": norm}
 
     def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """The whole parameters of `module`, bucket by bucket; under ZeRO-3 each bucket is gathered and let go again.
@@ -163,7 +170,7 @@ class Learner(_Engine):
     def _gathered(self, parameters: list[nn.Parameter]) -> Any:
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parameters, enabled=self.settings.zero_stage == 3)
+        return deepspeed.zero.GatheredParameters(parameters, enabled=_stage(self.settings) == 3)
 
     def _plain_grad_norm(self) -> Tensor | None:
         """Without ZeRO in float32 DeepSpeed reports no norm; the gradients are still there to be measured."""
@@ -180,6 +187,11 @@ def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 2**31,
     }
+
+
+def _stage(settings: LearnerSettings) -> int:
+    """ZeRO stage in use: bfloat16 without ZeRO would get another optimizer, whose Adam counts one step more."""
+    return max(1, settings.zero_stage) if settings.dtype == "bfloat16" else settings.zero_stage
 
 
 def _numel(parameter: nn.Parameter) -> int:

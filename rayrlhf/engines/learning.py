@@ -52,8 +52,10 @@ class UpdateSettings:
     micro_batch_tokens: int
     temperature: float = 1.0
     """The policy's only."""
-    max_first_log_ratio: float | None = None
+    first_log_ratio_max: float = math.inf
     """The policy's only: the largest |log ratio| that the first minibatch of a step may show (see `update_policy`)."""
+    first_log_ratio_mean: float = math.inf
+    """... and the largest mean of them over its tokens."""
 
 
 def estimate(
@@ -132,12 +134,15 @@ def update_policy(
             logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip, denominator=tokens
         )
         stats.add(parts, ("clip_fraction", "ratio_mean", "approx_kl"))
+        log_ratio = (logprobs.detach() - batch.old_logprobs).abs()
+        stats.add({"abs_log_ratio": log_ratio[batch.mask].sum() / tokens}, ("abs_log_ratio",))
         ratio = float(parts["max_abs_log_ratio"])
         stats.maximum = max(stats.maximum, math.inf if math.isnan(ratio) else ratio)  # max() would drop a NaN
         return value
 
     metrics = _update(learner, experiences, minibatches, spare, settings, learning_rate, loss, check_ratio=True)
     metrics["approx_kl_per_token"] = metrics.pop("approx_kl")
+    del metrics["abs_log_ratio"]
     return {f"policy/{name}": value for name, value in metrics.items()}
 
 
@@ -199,7 +204,7 @@ def _update(
             learning_rate,
         )
         if check_ratio and number == 0:
-            _check_first_ratio(stats.maximum, settings.max_first_log_ratio, learner.device)
+            _check_first_ratio(stats, settings, learner.device)
         # Shares of a global mean add up over ranks: reduce_means' count is spread so that it sums to one.
         share = 1.0 / learner.world_size
         reduced = reduce_means(
@@ -210,11 +215,14 @@ def _update(
     return {name: value / len(minibatches) for name, value in totals.items()}
 
 
-def _check_first_ratio(maximum: float, allowed: float | None, device: torch.device) -> None:
-    worst = all_reduce_max(maximum, device)
-    if allowed is not None and not worst <= allowed:
+def _check_first_ratio(stats: _Stats, settings: UpdateSettings, device: torch.device) -> None:
+    worst = all_reduce_max(stats.maximum, device)
+    mean = float(all_reduce_sum(torch.tensor(stats.sums.get("abs_log_ratio", 0.0), device=device)))
+    # Written so that a NaN does not pass.
+    if not (worst <= settings.first_log_ratio_max and mean <= settings.first_log_ratio_mean):
         raise TrainingError(
-            f"the first minibatch saw a log ratio of {worst:.3g} where it must be 0 (allowed {allowed:.3g})",
+            f"the first minibatch saw log ratios up to {worst:.3g} (mean {mean:.3g}) where they must be 0 (allowed "
+            f"{settings.first_log_ratio_max:.3g}, mean {settings.first_log_ratio_mean:.3g})",
             "old and new log-probs come from different weights, positions, temperature or dropout",
         )
 

@@ -173,7 +173,9 @@ def _set_environment(settings: EngineSettings) -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
-        threads = settings.threads
-        binds = [",".join(str(s * threads + t) for t in range(threads)) for s in range(settings.tensor_parallel)]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if settings.tensor_parallel == 1 else "|".join(binds)
+        threads, cores = settings.threads, sorted(os.sched_getaffinity(0))
+        shards = range(settings.tensor_parallel)
+        binds = [{cores[(s * threads + t) % len(cores)] for t in range(threads)} for s in shards]
+        bind = "|".join(",".join(map(str, sorted(cpus))) for cpus in binds)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind" if settings.tensor_parallel == 1 else bind
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -32,9 +32,11 @@ class StageContext:
             self._connected = True
 
     def close(self) -> None:
-        self.sink.close()
-        if self._connected:
-            disconnect()
+        try:
+            if self._connected:  # first: wandb may take its time, and Ctrl-C promises that the actors go
+                disconnect()
+        finally:
+            self.sink.close()
 
     def log(self, name: str) -> str:
         """Path of an actor's log file."""

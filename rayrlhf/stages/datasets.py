@@ -3,9 +3,11 @@ any actor starts, so that a bad record costs seconds and not a run."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rayrlhf.config import Config
 from rayrlhf.data import prompts as tokenized
-from rayrlhf.data.chat import load_tokenizer
+from rayrlhf.data.chat import load_tokenizer, with_template
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.data.readers import read_demonstrations, read_prompts, read_rankings, read_text
-from rayrlhf.data.split import split_by_prompt
+from rayrlhf.data.split import drop_implied, split_by_prompt
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.errors import DataError
-from rayrlhf.types import PromptTokens
+from rayrlhf.types import PromptTokens, Ranking
 
 __all__ = ["Datasets", "Split"]
 
@@ -33,6 +35,14 @@ class Split:
     train: list[Any]
     heldout: list[Any]
     counts: dict[str, Any]
+
+
+def _pairs_by_source(rankings: Sequence[Ranking]) -> Counter[str]:
+    """Pairs that are no ties, before any is dropped for its length."""
+    counts: Counter[str] = Counter()
+    for ranking in rankings:
+        counts[ranking.source] += sum(a != b for a, b in combinations(ranking.ranks, 2))
+    return counts
 
 
 class Datasets:
@@ -52,7 +62,8 @@ class Datasets:
         texts = [t.text for t in self._texts]
         # Prompts and answers are written in other words than the text: the vocabulary should know both.
         texts += [d.response for d in self._demonstrations] + [t for d in self._demonstrations for _, t in d.prompt]
-        return train_tokenizer(texts, model.from_scratch.vocab_size)
+        trained = train_tokenizer(texts, model.from_scratch.vocab_size)
+        return with_template(trained, model.chat_template) if model.chat_template else trained
 
     @cached_property
     def pretrain(self) -> Split:
@@ -79,12 +90,16 @@ class Datasets:
     def reward(self) -> Split:
         """Held out: `data.heldout_rankings`, or a share of the prompts where there are none."""
         data, longest = self._config.data, self._config.reward.max_response_tokens
-        train: Sequence[Any] = self._first(read_rankings(data.rankings, data.root, "train"))
+        records = self._first(read_rankings(data.rankings, data.root, "train"))
+        train: Sequence[Any] = drop_implied(records)
+        implied = len(records) - len(train)
         if data.heldout_rankings:
             heldout: Sequence[Any] = self._first(read_rankings(data.heldout_rankings, data.root, "test"))
         else:
             train, heldout = split_by_prompt(train, data.heldout_fraction, self._config.run.seed)
-        return self._split(tokenized.tokenize_rankings, train, heldout, longest)
+        split = self._split(tokenized.tokenize_rankings, train, heldout, longest)
+        pairs = dict(sorted(_pairs_by_source(heldout).items()))
+        return Split(split.train, split.heldout, split.counts | {"implied": implied, "heldout_pairs": pairs})
 
     @cached_property
     def prompts(self) -> tuple[list[PromptTokens], dict[str, Any]]:

@@ -51,6 +51,8 @@ def run_sft(context: StageContext, parents: dict[str, str], workspace: Path) -> 
 
 def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, measure the held-out loss before and after, save."""
+    import torch
+
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.supervised import LanguageTask, train
     from rayrlhf.models.build import from_scratch, load_policy
@@ -61,6 +63,7 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     else:
         model = load_policy(job.model, job.trust_remote_code, job.extra["dropout"])
     learner = Learner(model, job.learner)
+    torch.manual_seed(job.seed + 1 + learner.rank)  # each rank draws its own dropout
     log = worker_log(job, learner.rank)
     examples, heldout = fetch(job)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "examples": len(examples)}

@@ -13,7 +13,7 @@ from rayrlhf.config.run import STAGES, StageName
 from rayrlhf.data.readers import fingerprint_sources
 from rayrlhf.errors import ConfigError
 
-__all__ = ["PARENTS", "Lineage"]
+__all__ = ["PARENTS", "Lineage", "absolute"]
 
 # Raise when a stage comes to compute something else from the same inputs.
 RECIPE_VERSION = 1
@@ -47,7 +47,7 @@ class Lineage:
         self._inputs: dict[StageName, dict[str, Any]] = {}
         self._keys: dict[StageName, str] = {}
         given = {"pretrain": config.model.path, "sft": config.sft.path, "reward": config.reward.path, "ppo": None}
-        self._given: dict[StageName, str] = {s: path for s in STAGES if (path := given[s])}
+        self._given: dict[StageName, str] = {s: absolute(path) for s in STAGES if (path := given[s])}
         for stage in STAGES:  # in order: a stage's key holds its parents'
             if stage in self._given:
                 self._keys[stage] = hash_model_folder(self._given[stage])
@@ -112,6 +112,12 @@ class Lineage:
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
             "parents": {parent: self._keys[parent] for parent in PARENTS[stage]},
         }
+
+
+def absolute(path: str) -> str:
+    """A model folder by its full path, since Ray Train's workers live elsewhere; a hub name as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
 
 
 def _file_hash(path_or_text: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,8 +38,10 @@ from rayrlhf.weights.publish import WeightPublisher
 
 __all__ = ["run_ppo_stage"]
 
-# float32: both passes run the same code on the same weights, so only summation order can differ (RECIPE detail 1).
-MAX_FIRST_LOG_RATIO = 1e-4
+# Before the first update of a step old and new log-probs come from the same weights, and on the first step of a run
+# policy and reference are the same model. float32 leaves room for the order of summation only, bfloat16 for rounding.
+FIRST_LOG_RATIO_MAX = {"float32": 1e-4, "bfloat16": math.inf}
+FIRST_LOG_RATIO_MEAN = {"float32": 1e-4, "bfloat16": 0.02}
 
 
 def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -109,6 +112,7 @@ class _Run:
             ppo.minibatch_size,
             ppo.epochs,
             config.run.seed,
+            FIRST_LOG_RATIO_MEAN[config.model.dtype],
             lambda step: (
                 linear_warmup(step, ppo.learning_rate, ppo.warmup_steps),
                 linear_warmup(step, ppo.value_learning_rate, ppo.warmup_steps),
@@ -148,7 +152,8 @@ class _Run:
             with suppress(ActorError):  # one that is busy or gone leaves its memory to the next run's start
                 await policy.call("close", timeout_s=2.0)
         for group in self.groups.values():
-            group.close()
+            with suppress(Exception):  # Ray may be gone already; the next group must still be tried
+                group.close()
 
     def _probe_rows(self) -> list[list[int]]:
         vocabulary = len(self.context.data.tokenizer)
@@ -182,7 +187,6 @@ class _Run:
     def _model_settings(self, role: str) -> ModelSettings:
         config, ppo = self.config, self.config.ppo
         frozen = role in ("reference", "reward")
-        exact = config.model.dtype == "float32"
         return ModelSettings(
             # The value model starts from the reward model, its head included (Ouyang et al. 2022, appendix C.4).
             path=self.parents["sft" if role in ("policy", "reference") else "reward"],
@@ -198,7 +202,8 @@ class _Run:
                 clip=ppo.clip if role == "policy" else ppo.value_clip,
                 micro_batch_tokens=ppo.micro_batch_tokens,
                 temperature=config.rollout.temperature,
-                max_first_log_ratio=MAX_FIRST_LOG_RATIO if role == "policy" and exact else None,
+                first_log_ratio_max=FIRST_LOG_RATIO_MAX[config.model.dtype],
+                first_log_ratio_mean=FIRST_LOG_RATIO_MEAN[config.model.dtype],
             ),
             transport=config.weights.transport,
             bucket_bytes=int(config.weights.bucket_mib * 2**20),
@@ -226,6 +231,8 @@ class _StageSink:
     def write(self, record: Mapping[str, Any]) -> None:
         self._context.sink.write({"stage": "ppo", **record})
         self._kept[0].write(record)
+        for engine, reason in record["weights/quarantine_reasons"].items():
+            self._context.console.print(f"[yellow]{engine} is left out, its weights are not verified:[/] {reason}")
         keys = (
             "reward/mean",
             "kl/mean",

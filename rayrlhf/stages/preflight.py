@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from rayrlhf.config import Config, check_context
@@ -12,9 +13,12 @@ from rayrlhf.data.readers import check_sources
 from rayrlhf.errors import ConfigError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
 from rayrlhf.stages.datasets import Datasets, Split
+from rayrlhf.stages.lineage import absolute
 from rayrlhf.weights.transports import TRANSPORTS
 
 # vLLM 0.32's CPU attention; a CUDA build has its own, wider list.
+# Config keys of models (gemma2, granite, cohere) that cap or scale what their head gives.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 __all__ = ["check_data", "check_files", "check_models", "check_output"]
@@ -26,10 +30,11 @@ def check_files(config: Config) -> None:
 
 
 def check_output(config: Config) -> None:
-    """The folder that runs go to is one, or can become one."""
-    output = config.run.output
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"run.output: {output} is a file", "name a folder")
+    """The folder that runs go to can be written to, or made."""
+    output = config.run.output.absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.output: {there} is not a folder that can be written to", "name another")
 
 
 def check_models(config: Config) -> None:
@@ -40,13 +45,13 @@ def check_models(config: Config) -> None:
     named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
     for key, path in named.items():
         if path is not None:
-            _check_model(config, key, path)
+            _check_model(config, key, absolute(path))
     if "sft" in config.stages() and config.sft.dropout:
         _check_dropout(config)
     if "ppo" in config.stages() and config.cluster.device == "cpu":
         _check_head_size(config)
     if config.reward.path is not None and "ppo" in config.stages():
-        _check_reward_model(config, config.reward.path)
+        _check_reward_model(config, absolute(config.reward.path))
 
 
 def _check_model(config: Config, key: str, path: str) -> None:
@@ -61,6 +66,12 @@ def _check_model(config: Config, key: str, path: str) -> None:
             f"{key} {path}: {shape.vocab_size} embeddings for {len(tokenizer)} tokens",
             "resize the model's embeddings, or take the tokenizer that it was trained with",
         )
+    for name in LOGIT_TRANSFORMS:
+        if getattr(shape, name, None) not in (None, 1.0):
+            raise ModelError(
+                f"{key} {path}: the model transforms its logits ({name}), which the trainer would leave out",
+                "take a model whose head is linear",
+            )
     limit = context_length(shape)
     if limit is not None:
         try:
@@ -91,7 +102,7 @@ def _check_dropout(config: Config) -> None:
         name, has = scratch.architecture, scratch.architecture == "gpt2"
     else:
         assert config.model.path is not None
-        shape = read_config(config.model.path, config.model.trust_remote_code)
+        shape = read_config(absolute(config.model.path), config.model.trust_remote_code)
         name, has = shape.model_type, has_residual_dropout(shape)
     if not has:
         raise ConfigError(
@@ -106,8 +117,7 @@ def _check_head_size(config: Config) -> None:
     if scratch is not None:
         name, size = "model.from_scratch", scratch.hidden_size // scratch.heads
     else:
-        path = config.sft.path or config.model.path
-        assert path is not None
+        path = absolute(config.sft.path or config.model.path or "")
         shape = read_config(path, config.model.trust_remote_code)
         name = path
         size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -130,6 +140,7 @@ def _check_reward_model(config: Config, path: str) -> None:
             "take a sequence-classification model with one label, such as the `reward` stage writes",
         )
     assert policy is not None  # the config refuses reward.path beside a model from scratch
+    policy = absolute(policy)
     theirs = load_tokenizer(path, config.model.chat_template, trust).get_vocab()
     ours = load_tokenizer(policy, config.model.chat_template, trust).get_vocab()
     if theirs != ours:

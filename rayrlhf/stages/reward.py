@@ -28,6 +28,8 @@ def run_reward(context: StageContext, parents: dict[str, str], workspace: Path) 
         model=parents["sft"],
     )
     context.data.tokenizer.save_pretrained(workspace / "model")
+    for source, row in result.get("accuracy", {}).items():
+        row["pairs_before_dropping"] = split.counts["heldout_pairs"][source]
     return result | {"data": split.counts}
 
 

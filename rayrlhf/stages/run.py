@@ -8,7 +8,6 @@ config ─► preflight ─► pretrain ─► sft ─► reward ─► ppo ─�
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     store = ArtifactStore((config.run.output / "artifacts").resolve())
     lineage = Lineage(config, store)
     todo = [stage for stage in config.stages() if lineage.finished(stage) is None]
-    tokenizer = config.sft.path or config.model.path or lineage.model("pretrain")
+    tokenizer = lineage.model("sft") if config.sft.path else lineage.model("pretrain")
     data = Datasets(config, tokenizer)
     counts = preflight.check_data(data, todo)
     _check_parents(config, lineage, todo)
@@ -94,14 +93,19 @@ class _Run:
             "name": self.config.run.name,
             "seed": self.config.run.seed,
             "versions": installed_versions(),
+            "status": "stopped",
             "stages": {},
+            "evaluation": {},
         }
         try:
             for stage in self.config.stages():
                 summary["stages"][stage] = self._stage(context, stage)
+            summary["status"] = "done"
         finally:
-            context.close()
+            accuracy = summary["stages"].get("reward", {}).get("accuracy", {})
+            summary["evaluation"]["reward_accuracy"] = {s: row["accuracy"] for s, row in accuracy.items()}
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
+            context.close()
         show_summary(self.console, summary, self.folder)
         return self.folder
 
@@ -112,15 +116,19 @@ class _Run:
         cached = artifact is not None
         if artifact is None:
             workspace = self.store.workspace(stage, key)
-            result = BODIES[stage](context, self.lineage.parent_models(stage), workspace)
-            result["seconds"] = perf_counter() - start
-            artifact = self.store.finish(workspace, stage, key, self.lineage.inputs(stage), parents, result)
+            try:
+                result = BODIES[stage](context, self.lineage.parent_models(stage), workspace)
+                result["seconds"] = perf_counter() - start
+                artifact = self.store.finish(workspace, stage, key, self.lineage.inputs(stage), parents, result)
+            finally:
+                shutil.rmtree(workspace, ignore_errors=True)  # finish has renamed it, unless the stage failed
         else:
             self.console.print(f"{stage:<9} done before with the same inputs ({artifact.folder.name})", highlight=False)
             self._replay(context, artifact)
         if stage == "ppo":
-            _link_tree(artifact.folder / "model", self.folder / "model")
-            _link_tree(artifact.folder / "trace.json", self.folder / "trace.json")
+            # Copies, not links: whoever edits the run's model must not change the artifact that other runs reuse.
+            shutil.copytree(artifact.folder / "model", self.folder / "model", dirs_exist_ok=True)
+            shutil.copy2(artifact.folder / "trace.json", self.folder / "trace.json")
         return {**artifact.result, "cached": cached, "key": key, "parents": parents}
 
     def _replay(self, context: StageContext, artifact: Artifact) -> None:
@@ -136,7 +144,8 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "trace.json"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "logs", ignore_errors=True)
+        for name in ("logs", "checkpoints", "model"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
 
     def _wandb(self) -> WandbSink | None:
@@ -148,21 +157,3 @@ class _Run:
         if sink.mode != tracking.wandb:
             self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
         return sink
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Hard links where the file system has them: the run's copy of a model costs no space."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.unlink(missing_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=_link)
-    else:
-        _link(str(source), str(target))
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

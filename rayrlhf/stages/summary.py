@@ -19,7 +19,7 @@ __all__ = ["show_counts", "show_placement", "show_summary"]
 def show_counts(console: Console, counts: Mapping[StageName, Mapping[str, int]]) -> None:
     """What tokenizing left of each stage's records; nothing is dropped in silence."""
     for stage, numbers in counts.items():
-        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in numbers.items())
+        words = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in numbers.items() if isinstance(v, int))
         console.print(f"{stage:<9} {words}", highlight=False, soft_wrap=True)
 
 
@@ -72,8 +72,9 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
 def _accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> Table:
     table = Table(title="reward model on held-out pairs", title_justify="left")
     table.add_column("source")
-    for column in ("pairs", "accuracy", "longer wins"):
+    for column in ("pairs", "of", "accuracy", "longer wins"):
         table.add_column(column, justify="right")
     for source, row in accuracy.items():
-        table.add_row(source or "-", f"{row['pairs']:.0f}", f"{row['accuracy']:.3f}", f"{row['longer_wins']:.3f}")
+        pairs = f"{row['pairs']:.0f}", f"{row['pairs_before_dropping']:.0f}"
+        table.add_row(source or "-", *pairs, f"{row['accuracy']:.3f}", f"{row['longer_wins']:.3f}")
     return table

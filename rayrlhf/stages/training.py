@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import ray
@@ -22,7 +22,7 @@ from rayrlhf.config import Config
 from rayrlhf.config.training import Adam, SupervisedConfig
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.supervised import TrainSettings
-from rayrlhf.errors import ActorError, RayRLHFError
+from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
 
@@ -155,12 +155,23 @@ def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[A
 def _watch(
     outcome: Future[Any], follower: _Follower, context: StageContext, progress: StageProgress, job: TrainingJob
 ) -> None:
-    """Show the workers' records until the trainer ends; raise what made it fail."""
-    done = False
+    """Show the workers' records until the trainer ends; raise what made it fail.
+
+    Raises:
+        ActorTimeout: when the workers do not start, or say nothing for longer than `cluster.call_timeout_s`.
+    """
+    cluster = context.config.cluster
+    done, deadline = False, monotonic() + cluster.start_timeout_s
     while not done:
         done = not wait([outcome], timeout=0.2).not_done
         for record in follower.new_records():  # once more after the end: the last lines count too
             _show(context, progress, job.stage, record)
+            deadline = monotonic() + cluster.call_timeout_s
+        if not done and monotonic() > deadline:
+            raise ActorTimeout(
+                f"{job.stage}: its workers have said nothing before the deadline",
+                f"see {job.logs[0]}; raise cluster.start_timeout_s or cluster.call_timeout_s if they are only slow",
+            )
     if (error := outcome.exception()) is not None:
         raise _explain(error, job) from None
 

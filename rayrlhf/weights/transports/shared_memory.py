@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import torch
 
+from rayrlhf.errors import WeightSyncError
 from rayrlhf.weights.buckets import BucketHeader
 
 __all__ = ["create_receiver", "create_sender"]
@@ -42,7 +43,15 @@ class _Segment:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             self._file = open(descriptor, "r+b")  # noqa: SIM115 (held open: the lock lives as long as the file)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.truncate(nbytes)
+            try:
+                # Claim the memory now: a /dev/shm that fills up later would kill the process in the middle of a write.
+                os.posix_fallocate(descriptor, 0, nbytes)
+            except OSError as error:
+                self.unlink()
+                raise WeightSyncError(
+                    f"{self.path.parent}: no room for a bucket of {nbytes / 2**20:.0f} MiB ({error.strerror})",
+                    "lower weights.bucket_mib, or give the machine (the container) more shared memory",
+                ) from None
             self.buffer = torch.frombuffer(mmap.mmap(descriptor, nbytes), dtype=torch.uint8)
         return self.buffer
 

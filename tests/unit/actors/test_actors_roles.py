@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, _deal, memory_per_role
 from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
 
 
@@ -37,7 +38,7 @@ def infos(count: int, seed: int = 0) -> tuple[RolloutInfo, ...]:
 
 
 def roles(policy: Group, value: Group, minibatch_size: int = 4, epochs: int = 2, seed: int = 0) -> LearnerRoles:
-    return LearnerRoles(policy, value, minibatch_size, epochs, seed, lambda step: (0.1 + step, 0.2 + step))
+    return LearnerRoles(policy, value, minibatch_size, epochs, seed, 1e-4, lambda step: (0.1 + step, 0.2 + step))
 
 
 def minibatches(step: int, seed: int = 0, batch=None, **options) -> list[list[int]]:
@@ -91,7 +92,7 @@ def test_seed_and_step_make_the_minibatches():
 
 
 def experience() -> ExperienceBatch:
-    return ExperienceBatch(infos(10), ("e0", "e1"), {"kl/mean": 1.5, "reward/mean": 0.25}, [])
+    return ExperienceBatch(infos(10), ("e0", "e1"), {"kl/per_token": 0.0, "kl/mean": 1.5, "reward/mean": 0.25}, [])
 
 
 def test_policy_and_value_learn_from_the_same_minibatches_each_dealt_to_its_own_ranks():
@@ -114,6 +115,7 @@ def test_a_report_joins_the_metrics_of_both_and_carries_the_kl():
     report = asyncio.run(roles(policy, value).update(experience(), 0))
     assert report.metrics == {
         "kl/mean": 1.5,
+        "kl/per_token": 0.0,
         "reward/mean": 0.25,
         "policy/loss": 1.0,
         "value/loss": 2.0,
@@ -137,7 +139,7 @@ def test_policy_and_value_learn_at_the_same_time():
 
 
 def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_each():
-    results = [(["x0"], {"kl/mean": 0.5}, ["text"]), (["x1"], {"kl/mean": 0.5}, [])]
+    results = [(["x0"], {"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"]), (["x1"], {"kl/mean": 0.5}, [])]
     policy = Group("policy", 2, {"estimate": results})
     batch = infos(7)
     scored = ScoredBatch(RolloutBatch(batch, ("r0", "r1")), ("s0", "s1", "s2"))
@@ -145,7 +147,7 @@ def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_
     ((method, shared, each),) = policy.calls
     assert (method, shared) == ("estimate", (0.3, 2, "r0", "r1", "s0", "s1", "s2"))
     assert sorted(i for (ids,) in each for i in ids) == [1000 + i for i in range(7)]
-    assert got == ExperienceBatch(batch, ("x0", "x1"), {"kl/mean": 0.5}, ["text"])
+    assert got == ExperienceBatch(batch, ("x0", "x1"), {"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"])
 
 
 def test_every_role_scores_every_sample_once():
@@ -161,3 +163,12 @@ def test_every_role_scores_every_sample_once():
 def test_memory_is_that_of_the_largest_rank_of_each_role():
     groups = [Group("policy", 2, {"memory_gib": [1.0, 3.0]}), Group("value", 1, {"memory_gib": [2.0]})]
     assert asyncio.run(memory_per_role(groups)) == {"memory/policy_gib": 3.0, "memory/value_gib": 2.0}
+
+
+@pytest.mark.parametrize("first_kl", [2e-4, -2e-4, float("nan")])
+def test_a_policy_that_is_not_its_reference_before_the_first_update_stops_the_run(first_kl: float):
+    group = Group("policy", 1)
+    batch = ExperienceBatch(infos(4), ("e0",), {"kl/mean": 0.0, "kl/per_token": first_kl}, [])
+    with pytest.raises(TrainingError, match="before any update"):
+        asyncio.run(roles(group, group).update(batch, step=0))
+    assert not group.calls

@@ -62,3 +62,19 @@ def test_no_records_split_into_nothing():
 def test_a_fraction_outside_its_range_is_refused(fraction):
     with pytest.raises(ConfigError, match="expected 0 <= fraction < 1"):
         split_by_prompt(records(4), fraction, 0)
+
+
+def test_a_pair_that_a_longer_ranking_of_its_prompt_holds_is_left_out() -> None:
+    from rayrlhf.data.split import drop_implied
+    from rayrlhf.types import Ranking
+
+    one, two = (("user", "one"),), (("user", "two"),)
+    ranking = Ranking(one, ("a", "b", "c"), (1, 2, 2))
+    said = Ranking(one, ("a", "c"), (1, 2))
+    reversed_ = Ranking(one, ("c", "a"), (2, 1))
+    contradicting = Ranking(one, ("b", "a"), (1, 2))
+    tie_broken = Ranking(one, ("b", "c"), (1, 2))
+    unknown = Ranking(one, ("a", "d"), (1, 2))
+    elsewhere = Ranking(two, ("a", "c"), (1, 2))
+    records = [said, ranking, reversed_, contradicting, tie_broken, unknown, elsewhere]
+    assert drop_implied(records) == [ranking, contradicting, tie_broken, unknown, elsewhere]

@@ -190,7 +190,7 @@ def single(old: list[float], advantages: list[float], prompt: int = 2) -> Experi
     return Experience(r, other, np.array(advantages, np.float32), returns=other * 0 + 1, old_values=other * 0)
 
 
-SETTINGS = UpdateSettings(clip=0.2, micro_batch_tokens=100, temperature=0.7, max_first_log_ratio=1e-4)
+SETTINGS = UpdateSettings(clip=0.2, micro_batch_tokens=100, temperature=0.7, first_log_ratio_max=1e-4)
 
 
 def test_a_first_minibatch_at_ratio_1_passes():
@@ -207,7 +207,7 @@ def test_a_first_minibatch_at_ratio_1_passes():
 @pytest.mark.parametrize("new", [[-1.0, -2.0002], [-0.9998, -2.0], [-1.0, -50.0]])
 def test_a_first_minibatch_off_ratio_1_stops_the_run(new):
     e = single([-1.0, -2.0], [1.0, -3.0])
-    with pytest.raises(TrainingError, match=r"first minibatch saw a log ratio of .* where it must be 0") as error:
+    with pytest.raises(TrainingError, match=r"first minibatch saw log ratios up to .* where they must be 0") as error:
         update_policy(PlainEngine(Table(new)), [e], [[0], [0]], e, SETTINGS, 1e-3)
     assert "positions, temperature or dropout" in error.value.hint
 
@@ -215,7 +215,7 @@ def test_a_first_minibatch_off_ratio_1_stops_the_run(new):
 def test_the_worst_micro_batch_of_the_first_minibatch_counts():
     e = single([-1.0], [1.0], prompt=60)  # 61 of 100 tokens: a micro-batch each
     table = Table([-1.5], [-1.0])
-    with pytest.raises(TrainingError, match=r"log ratio of 0\.5 "):
+    with pytest.raises(TrainingError, match=r"log ratios up to 0\.5 "):
         update_policy(PlainEngine(table), [e, e], [[0, 1]], e, SETTINGS, 1e-3)
     assert len(table.asked) == 2
 
@@ -319,10 +319,10 @@ def test_scoring_then_learning_sees_ratio_1_at_any_two_budgets():
         Experience(e.rollout, old[e.rollout.info.sample_id], e.advantages, e.returns, e.old_values)
         for e in experiences()
     ]
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=0.7, max_first_log_ratio=1e-4)
+    settings = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=0.7, first_log_ratio_max=1e-4)
     metrics = update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], settings, 1e-3)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    off = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=1.0, max_first_log_ratio=1e-4)
+    off = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=1.0, first_log_ratio_max=1e-4)
     with pytest.raises(TrainingError, match="first minibatch"):
         update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], off, 1e-3)
 
@@ -359,4 +359,4 @@ def test_the_ratio_guard_stops_every_rank_when_one_is_off(monkeypatch):
 
     messages = Ranks(2, monkeypatch).run(rank_update)
     assert messages[0] == messages[1]
-    assert "a log ratio of 0.5 " in messages[0]
+    assert "log ratios up to 0.5 " in messages[0]
