@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from contextlib import suppress
 
 import psutil
@@ -18,6 +19,7 @@ __all__ = ["connect", "disconnect"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
+KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
@@ -41,12 +43,21 @@ def connect(config: Config) -> None:
 
 def _init(config: Config, local: bool, cpus: int) -> None:
     try:
+        if config.cluster.address not in (None, "auto"):
+            _knock(config.cluster.address)
         _ray_init(config, local, cpus)
-    except ConnectionError as error:
+    except OSError as error:  # ConnectionError among them
         raise ResourceError(
             f"cluster.address {config.cluster.address}: no Ray cluster answers ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave cluster.address out to start Ray here",
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Raises OSError at once where nothing listens: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def _ray_init(config: Config, local: bool, cpus: int) -> None:

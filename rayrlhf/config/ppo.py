@@ -93,7 +93,7 @@ class WeightsConfig(Section):
     transport: str = "shared_memory"
     """A name registered in rayrlhf.weights.transports."""
     bucket_mib: Positive = 64.0
-    """Weights travel in buckets of about this size; no rank holds more than one gathered bucket."""
+    """Weights travel in buckets of at most this size, or of one larger tensor; ZeRO-3 gathers one at a time."""
     probe_tokens: Annotated[int, Field(ge=64, strict=True)] = 64
     """Tokens, spread over the vocabulary, whose log-probs trainer and engine must agree on after each publish."""
     probe_tolerance: Positive | None = None

@@ -135,29 +135,48 @@ def test_nothing_is_left_behind(finished: FinishedRun) -> None:
     assert not [n for n in names if "ray::" in n and "rayrlhf-tiny" in n]
 
 
+def started(command: str, arguments: list[str], folder: Path, seconds: float) -> subprocess.Popen[str]:
+    """A run in a process group of its own, after its first record."""
+    start = time.monotonic()
+    process = subprocess.Popen(
+        [*COMMAND, command, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_API_KEY": ""},
+        start_new_session=True,
+    )
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() - start < seconds, f"no record within {seconds:g} s"
+        time.sleep(0.2)
+    return process
+
+
+def test_ctrl_c_in_a_supervised_stage_ends_everything_within_ten_seconds(finished: FinishedRun) -> None:
+    arguments = [*finished.arguments[:1], "run.name=cut", *finished.arguments[2:]]
+    process = started("sft", [*arguments, "sft.epochs=500"], finished.output / "cut", seconds=90)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=10)[0]
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert not psutil.wait_procs(family, timeout=1)[1], "no actor outlives the run"
+    assert not list((finished.output / "artifacts").glob(".sft-*")), "the broken attempt is cleared away"
+
+
 def test_the_first_ppo_step_comes_within_ninety_seconds_and_ctrl_c_ends_everything_within_ten(
     finished: FinishedRun,
 ) -> None:
     """Warm caches: sft and reward are done, two policy ranks under ZeRO-3 and two engines start."""
     arguments = [*finished.arguments[:1], "run.name=stopped", *finished.arguments[2:]]
     arguments += ["ppo.steps=500", "ppo.zero_stage=3", "cluster.policy.ranks=2", "rollout.engines=2"]
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [*COMMAND, "ppo", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    metrics = finished.output / "stopped" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() - start < 90, "no PPO step within 90 s"
-        time.sleep(0.2)
+    process = started("ppo", arguments, finished.output / "stopped", seconds=90)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len([p for p in family if "ray::" in " ".join(p.cmdline())]) >= 7
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground group
     stopped = time.monotonic()
     output = process.communicate(timeout=10)[0]
     assert time.monotonic() - stopped < 10
