@@ -38,6 +38,9 @@ class RolloutActor(Actor):
         rollouts = self._engine.generate(requests)
         return [r.info for r in rollouts], [ray.put(rollouts)]
 
+    def close(self) -> None:
+        self._engine.close()
+
     def begin_update(self, version: int) -> None:
         self._engine.begin_update(version)
 

@@ -58,6 +58,8 @@ class RolloutEngine:
             dtype=settings.dtype,
             max_model_len=settings.context,
             tensor_parallel_size=settings.tensor_parallel,
+            # The shards are processes of this actor: inside Ray vLLM would look for bundles of its own.
+            distributed_executor_backend="mp" if settings.tensor_parallel > 1 else "uni",
             max_num_seqs=settings.max_sequences,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=cpu,  # compiling costs half a minute on a CPU and gains a tenth
@@ -141,6 +143,10 @@ class RolloutEngine:
         if version != self._pending:
             raise WeightSyncError(f"asked to commit version {version} during {self._pending}")
         self._version, self._pending = version, None
+
+    def close(self) -> None:
+        """End the shards' processes and give their shared memory back."""
+        self._llm.llm_engine.engine_core.shutdown()
 
     def _rpc(self, method: str, argument: dict[str, Any] | None = None) -> None:
         self._llm.collective_rpc(method, args=() if argument is None else (argument,))

@@ -38,6 +38,9 @@ from rayrlhf.weights.publish import WeightPublisher
 
 __all__ = ["run_ppo_stage"]
 
+# These are asked to close before they are ended, and get this long.
+HOLD_SHARED_MEMORY = ("policy", "rollout")
+CLOSE_S = 3.0
 # Before the first update of a step old and new log-probs come from the same weights, and on the first step of a run
 # policy and reference are the same model. float32 leaves room for the order of summation only, bfloat16 for rounding.
 FIRST_LOG_RATIO_MAX = {"float32": 1e-4, "bfloat16": math.inf}
@@ -147,10 +150,13 @@ class _Run:
         self.context.data.tokenizer.save_pretrained(self.workspace / "model")
 
     async def _stop_actors(self) -> None:
-        policy = self.groups.get("policy")
-        if policy and policy.actors:
-            with suppress(ActorError):  # one that is busy or gone leaves its memory to the next run's start
-                await policy.call("close", timeout_s=2.0)
+        async def give_back(role: str) -> None:
+            group = self.groups.get(role)
+            if group and group.actors:
+                with suppress(ActorError):  # one that is busy or gone is ended all the same
+                    await group.call("close", timeout_s=CLOSE_S)
+
+        await asyncio.gather(*(give_back(role) for role in HOLD_SHARED_MEMORY))
         for group in self.groups.values():
             with suppress(Exception):  # Ray may be gone already; the next group must still be tried
                 group.close()
