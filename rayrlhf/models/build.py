@@ -191,6 +191,7 @@ def new_scalar(path: str, trust_remote_code: bool, seed: int) -> ScalarModel:
         path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     model = ScalarModel(classifier)
+    model.normalise(0.0, 1.0)  # a model to be trained counts as it is
     nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
     return model
 
