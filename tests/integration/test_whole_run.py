@@ -62,6 +62,13 @@ def test_time_outside_the_phases_is_below_five_percent(finished: FinishedRun) ->
     assert np.median(shares) < 0.05
 
 
+def test_no_phase_after_the_first_step_loads_a_model_or_starts_a_process(finished: FinishedRun) -> None:
+    """Either takes five seconds or more here; a phase of this run takes a tenth of one."""
+    phases = [f"time/{p}_s" for p in ("generate", "score", "estimate", "update", "publish", "save", "other")]
+    slowest = max((step[phase], phase, step["step"]) for step in finished.metrics("ppo")[1:] for phase in phases)
+    assert slowest[0] < 3.0, slowest
+
+
 def test_driver_memory_does_not_grow_with_steps(finished: FinishedRun) -> None:
     memory = [s["memory/driver_gib"] * 1024 for s in finished.metrics("ppo")]
     assert memory[-1] - memory[9] < 4.0, "MiB gained between step 10 and step 50"

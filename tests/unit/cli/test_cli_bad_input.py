@@ -166,7 +166,7 @@ def run_world(rayrlhf_command: Run, world: Path, tmp_path: Path) -> Run:
     return run
 
 
-def refused(done: Done, *parts: str) -> str:
+def assert_refused(done: Done, *parts: str) -> str:
     """Exit code 2 and a message, nothing else, that has all of `parts`."""
     assert done.code == 2, done
     assert "Traceback" not in done.out + done.err
@@ -222,7 +222,7 @@ def test_the_unspoilt_models_pass_every_check(run_world: Run, models: Path) -> N
     ],
 )
 def test_a_key_or_value_that_cannot_be_is_refused(run_world: Run, override: str, message: str) -> None:
-    refused(run_world(override), message)
+    assert_refused(run_world(override), message)
 
 
 @pytest.mark.parametrize(
@@ -239,25 +239,25 @@ def test_a_key_or_value_that_cannot_be_is_refused(run_world: Run, override: str,
     ],
 )
 def test_contradicting_sections_are_both_named(run_world: Run, override: str, sections: tuple[str, ...]) -> None:
-    refused(run_world(override), "contradict" if "world" in override else "", *sections)
+    assert_refused(run_world(override), "contradict" if "world" in override else "", *sections)
 
 
 def test_broken_yaml_is_named_by_file_and_line(run_world: Run, world: Path) -> None:
     spoil(world / "config.yaml", 3, "data: {")
-    refused(run_world(), f"ConfigError: {world / 'config.yaml'}:", "broken YAML")
+    assert_refused(run_world(), f"ConfigError: {world / 'config.yaml'}:", "broken YAML")
 
 
 def test_a_missing_config_file_suggests_the_nearest(rayrlhf_command: Run, world: Path) -> None:
     done = rayrlhf_command("run", world / "confg.yaml")
-    refused(done, f"{world / 'confg.yaml'}: no such config file", f"did you mean {world / 'config.yaml'}?")
+    assert_refused(done, f"{world / 'confg.yaml'}: no such config file", f"did you mean {world / 'config.yaml'}?")
 
 
 def test_a_date_that_is_none_is_refused(run_world: Run) -> None:
-    refused(run_world("run.name=2024-13-45"), "run.name")
+    assert_refused(run_world("run.name=2024-13-45"), "run.name")
 
 
 def test_an_unknown_transport_is_refused(run_world: Run) -> None:
-    refused(run_world("weights.transport=carrier_pigeon", "--dry-run"), "weights.transport", "carrier_pigeon")
+    assert_refused(run_world("weights.transport=carrier_pigeon", "--dry-run"), "weights.transport", "carrier_pigeon")
 
 
 # ---- files
@@ -265,26 +265,26 @@ def test_an_unknown_transport_is_refused(run_world: Run) -> None:
 
 def test_a_missing_data_file_is_named_with_its_key_and_the_nearest_file(run_world: Run, world: Path) -> None:
     done = run_world("data.prompts=[promts.jsonl]", "data.rankings=[nothing.jsonl]")
-    refused(
+    assert_refused(
         done, f"data.prompts: no such file: {world / 'promts.jsonl'} (did you mean prompts.jsonl?)", "data.rankings: "
     )
 
 
 def test_malformed_jsonl_is_named_by_file_and_line(run_world: Run, world: Path) -> None:
     spoil(world / "demonstrations.jsonl", 7, '{"prompt": "a", "response": ')
-    refused(run_world(), f"DataError: {world / 'demonstrations.jsonl'}:7: not JSON")
+    assert_refused(run_world(), f"DataError: {world / 'demonstrations.jsonl'}:7: not JSON")
 
 
 def test_a_malformed_line_one_hundred_is_named_too(run_world: Run, world: Path) -> None:
     file = world / "prompts.jsonl"
     file.write_text('{"prompt": "say hello"}\n' * 99 + "{\n", encoding="utf-8")
-    refused(run_world(), f"{file}:100: not JSON")
+    assert_refused(run_world(), f"{file}:100: not JSON")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_malformed_line_is_found_in_whichever_file_it_is(run_world: Run, world: Path, name: str) -> None:
     spoil(world / f"{name}.jsonl", 12, "[]")
-    refused(run_world(), f"DataError: {world / name}.jsonl:12: found list, expected a JSON object")
+    assert_refused(run_world(), f"DataError: {world / name}.jsonl:12: found list, expected a JSON object")
 
 
 @pytest.mark.parametrize(
@@ -295,27 +295,27 @@ def test_an_empty_prompt_or_response_is_named_by_file_and_line(
 ) -> None:
     file = world / f"{name}.jsonl"
     spoil(file, 5, record(file, 5, **{field: " \n"}))
-    refused(run_world(), f"DataError: {file}:5: `{field}` is empty")
+    assert_refused(run_world(), f"DataError: {file}:5: `{field}` is empty")
 
 
 def test_an_empty_response_in_a_ranking_is_named_by_file_line_and_place(run_world: Run, world: Path) -> None:
     file = world / "rankings.jsonl"
     spoil(file, 5, record(file, 5, responses=["a", ""], ranks=[1, 2]))
-    refused(run_world(), f"DataError: {file}:5: `responses[1]` is empty")
+    assert_refused(run_world(), f"DataError: {file}:5: `responses[1]` is empty")
 
 
 @pytest.mark.parametrize("name", ["rankings", "heldout_rankings"])
 def test_a_ranking_whose_ranks_do_not_match_its_responses_is_refused(run_world: Run, world: Path, name: str) -> None:
     file = world / f"{name}.jsonl"
     spoil(file, 3, record(file, 3, responses=["a", "b", "c"], ranks=[1, 2]))
-    refused(run_world(), f"DataError: {file}:3: 3 `responses` but 2 `ranks`")
+    assert_refused(run_world(), f"DataError: {file}:3: 3 `responses` but 2 `ranks`")
 
 
 @pytest.mark.parametrize("rank", [0, 1.5, "1", True])
 def test_a_rank_that_is_no_positive_whole_number_is_refused(run_world: Run, world: Path, rank: object) -> None:
     file = world / "rankings.jsonl"
     spoil(file, 3, record(file, 3, responses=["a", "b"], ranks=[1, rank]))
-    refused(run_world(), f"DataError: {file}:3: `ranks[1]` is {rank!r}, expected a positive whole number")
+    assert_refused(run_world(), f"DataError: {file}:3: `ranks[1]` is {rank!r}, expected a positive whole number")
 
 
 # ---- prompts over the limit
@@ -331,7 +331,9 @@ def long_prompts(world: Path) -> None:
 def test_prompts_over_the_limit_are_refused_when_the_config_says_so(run_world: Run, world: Path) -> None:
     long_prompts(world)
     done = run_world("data.overlong_prompts=refuse")
-    refused(done, "DataError: 2 of 5 prompts are longer than 96 tokens", "data.max_prompt_tokens", "overlong_prompts")
+    assert_refused(
+        done, "DataError: 2 of 5 prompts are longer than 96 tokens", "data.max_prompt_tokens", "overlong_prompts"
+    )
 
 
 def test_prompts_over_the_limit_are_dropped_and_counted_by_default(run_world: Run, world: Path) -> None:
@@ -344,7 +346,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted_by_default(run_world: Ru
 
 
 def test_a_limit_that_leaves_no_prompt_is_refused_even_with_drop(run_world: Run) -> None:
-    refused(run_world("data.max_prompt_tokens=2"), "are longer than 2 tokens", "nothing is left")
+    assert_refused(run_world("data.max_prompt_tokens=2"), "are longer than 2 tokens", "nothing is left")
 
 
 def test_held_out_demonstrations_that_are_all_too_long_are_dropped_like_others(world: Path) -> None:
@@ -371,46 +373,54 @@ def test_held_out_demonstrations_that_are_all_too_long_are_dropped_like_others(w
 def test_a_missing_model_folder_is_named(run_world: Run, models: Path, tmp_path: Path, key: str) -> None:
     gone = tmp_path / "no" / "such" / "model"
     base = f"model={{path: {models / 'policy'}}}"
-    refused(run_world(base, f"{key}={gone}"), f"ModelError: {key}: {gone}: no such model folder")
+    assert_refused(run_world(base, f"{key}={gone}"), f"ModelError: {key}: {gone}: no such model folder")
 
 
 def test_a_name_that_is_neither_a_folder_nor_to_be_had_from_the_hub_is_refused(run_world: Run) -> None:
-    refused(run_world("model={path: nobody/no-such-model}"), "nobody/no-such-model: cannot read the model's config")
+    assert_refused(
+        run_world("model={path: nobody/no-such-model}"), "nobody/no-such-model: cannot read the model's config"
+    )
 
 
 def test_a_folder_without_a_model_is_refused(run_world: Run, world: Path) -> None:
-    refused(run_world(f"model={{path: {world}}}"), f"ModelError: model.path: {world}: cannot read the model's config")
+    assert_refused(
+        run_world(f"model={{path: {world}}}"), f"ModelError: model.path: {world}: cannot read the model's config"
+    )
 
 
 def test_a_tokenizer_without_eos_is_refused(run_world: Run, models: Path, tmp_path: Path) -> None:
     folder = retokenized(models, tmp_path / "model", lambda tokenizer: setattr(tokenizer, "eos_token", None))
-    refused(run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no EOS token")
+    assert_refused(
+        run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no EOS token"
+    )
 
 
 def test_a_tokenizer_without_pad_is_refused(run_world: Run, models: Path, tmp_path: Path) -> None:
     folder = retokenized(models, tmp_path / "model", lambda tokenizer: setattr(tokenizer, "pad_token", None))
-    refused(run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no PAD token")
+    assert_refused(
+        run_world(f"model={{path: {folder}}}"), f"ModelError: model.path: {folder}: the tokenizer has no PAD token"
+    )
 
 
 @pytest.mark.parametrize("key", ["model.path", "sft.path", "reward.path"])
 def test_a_tokenizer_whose_pad_is_its_eos_is_refused(run_world: Run, models: Path, tmp_path: Path, key: str) -> None:
     folder = retokenized(models, tmp_path / "model", lambda t: setattr(t, "pad_token", t.eos_token))
     done = run_world(f"model={{path: {models / 'policy'}}}", f"{key}={folder}")
-    refused(done, f"ModelError: {key}: {folder}: PAD and EOS are the same token, '<|endoftext|>'")
+    assert_refused(done, f"ModelError: {key}: {folder}: PAD and EOS are the same token, '<|endoftext|>'")
 
 
 def test_a_model_whose_context_is_too_short_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", "rollout.max_tokens=33")
-    refused(done, "data.max_prompt_tokens 96 + rollout.max_tokens 33 is over the context of model.path 128")
+    assert_refused(done, "data.max_prompt_tokens 96 + rollout.max_tokens 33 is over the context of model.path 128")
 
 
 def test_dropout_asked_of_llama_from_scratch_is_refused(run_world: Run) -> None:
-    refused(run_world("sft.dropout=0.2"), "sft.dropout is 0.2 but a llama model has no residual dropout", "gpt2")
+    assert_refused(run_world("sft.dropout=0.2"), "sft.dropout is 0.2 but a llama model has no residual dropout", "gpt2")
 
 
 def test_dropout_asked_of_a_given_llama_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", "sft.dropout=0.2")
-    refused(done, "sft.dropout is 0.2 but a llama model has no residual dropout")
+    assert_refused(done, "sft.dropout is 0.2 but a llama model has no residual dropout")
 
 
 def test_dropout_asked_of_gpt2_is_fine(run_world: Run) -> None:
@@ -420,26 +430,28 @@ def test_dropout_asked_of_gpt2_is_fine(run_world: Run) -> None:
 def test_a_reward_model_with_another_vocabulary_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'foreign'}")
     sizes = "its vocabulary (270 tokens) does not fit the policy's (320)"
-    refused(done, f"ModelError: reward.path {models / 'foreign'}: {sizes}")
+    assert_refused(done, f"ModelError: reward.path {models / 'foreign'}: {sizes}")
 
 
 def test_a_reward_model_for_a_policy_from_scratch_is_refused(run_world: Run, models: Path) -> None:
-    refused(run_world(f"reward.path={models / 'reward'}"), "reward.path and model.from_scratch contradict each other")
+    assert_refused(
+        run_world(f"reward.path={models / 'reward'}"), "reward.path and model.from_scratch contradict each other"
+    )
 
 
 def test_a_reward_model_with_fewer_embeddings_than_tokens_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'small_embedding'}", "--dry-run")
-    refused(done, "small_embedding")
+    assert_refused(done, "small_embedding")
 
 
 def test_a_reward_model_whose_context_is_too_short_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'short'}", "--dry-run")
-    refused(done, "reward.path")
+    assert_refused(done, "reward.path")
 
 
 def test_a_reward_model_without_a_head_is_refused(run_world: Run, models: Path) -> None:
     done = run_world(f"model={{path: {models / 'policy'}}}", f"reward.path={models / 'policy'}", "--dry-run")
-    refused(done, "head")
+    assert_refused(done, "head")
 
 
 # ---- GPUs and CPUs: found once Ray has said what there is
@@ -480,16 +492,18 @@ def test_a_supervised_stage_alone_asks_for_no_more_than_its_workers(world: Path)
 
 
 def test_ppo_without_earlier_stages_names_the_missing_stage(run_world: Run) -> None:
-    refused(run_world(command="ppo"), "ConfigError: ppo starts from the sft model", "`rayrlhf sft` first", "sft.path")
+    assert_refused(
+        run_world(command="ppo"), "ConfigError: ppo starts from the sft model", "`rayrlhf sft` first", "sft.path"
+    )
 
 
 @pytest.mark.parametrize(("command", "parent"), [("sft", "pretrain"), ("reward", "sft")])
 def test_a_stage_without_its_parent_names_it(run_world: Run, command: str, parent: str) -> None:
-    refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
+    assert_refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
 
 
 def test_a_chain_with_a_gap_is_refused_before_its_first_stage(run_world: Run) -> None:
-    refused(run_world("run.stages=[pretrain, ppo]", "--dry-run"), "ppo starts from the sft model")
+    assert_refused(run_world("run.stages=[pretrain, ppo]", "--dry-run"), "ppo starts from the sft model")
 
 
 # ---- the command itself
@@ -553,9 +567,11 @@ def test_ctrl_c_exits_130_and_says_so(rayrlhf_command: Run, monkeypatch: pytest.
 def test_an_output_folder_that_is_a_file_is_refused(rayrlhf_command: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml", f"run.output={tmp_path / 'file'}", "--dry-run")
-    refused(done, str(tmp_path / "file"))
+    assert_refused(done, str(tmp_path / "file"))
 
 
 def test_a_head_size_that_the_cpu_engine_cannot_sample_is_refused(run_world: Run) -> None:
     done = run_world("model.from_scratch.hidden_size=64", "model.from_scratch.heads=4", "--dry-run")
-    refused(done, "heads of size 16 cannot be sampled with cluster.device cpu", "hidden_size / heads must be one of 32")
+    assert_refused(
+        done, "heads of size 16 cannot be sampled with cluster.device cpu", "hidden_size / heads must be one of 32"
+    )
