@@ -19,11 +19,21 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
-from rayrlhf.driver.protocols import Checkpoints, Learners, MetricSink, RolloutPool, ScoredBatch, Scorers, Weights
+from rayrlhf.driver.protocols import (
+    Checkpoints,
+    ExperienceBatch,
+    Learners,
+    MetricSink,
+    RolloutPool,
+    ScoredBatch,
+    Scorers,
+    Weights,
+)
 from rayrlhf.metrics.clock import StepClock
+from rayrlhf.weights.publish import Publication
 
 __all__ = ["Pacing", "Parts", "run_ppo"]
 
@@ -61,26 +71,31 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
             published = await parts.weights.publish(version=step + 1)
         with clock.phase("save"):
             await parts.checkpoints.save_if_due(step + 1)
-        record = {
-            "step": step + 1,
-            **report.metrics,
-            "kl/coef": kl.coef,
-            "weights/version": published.version,
-            "weights/publish_s": published.seconds,
-            "weights/transfer_s": published.transfer_s,
-            "weights/probe_s": published.probe_s,
-            "weights/gib_per_s": published.nbytes / 2**30 / published.transfer_s,
-            "weights/quarantined": len(published.quarantined),
-            "weights/quarantine_reasons": published.quarantined,
-        }
-        kl.update(report.kl, report.num_samples)
-        parts.sink.write_samples(step + 1, experience.samples)
-        record |= await parts.gauges()
-        tokens = {
-            "rollout": sum(info.response_tokens for info in experience.infos),
-            "train": sum(info.tokens for info in experience.infos),
-        }
-        parts.sink.write(record | clock.end_step(tokens))
         step += 1
+        record = {"step": step, **report.metrics, "kl/coef": kl.coef, **_publish_metrics(published)}
+        kl.update(report.kl, report.num_samples)
+        parts.sink.write_samples(step, experience.samples)
+        record |= await parts.gauges()
+        parts.sink.write(record | clock.end_step(_tokens(experience)))
         clock.start_step()
     return step
+
+
+def _publish_metrics(published: Publication) -> dict[str, Any]:
+    return {
+        "weights/version": published.version,
+        "weights/publish_s": published.seconds,
+        "weights/transfer_s": published.transfer_s,
+        "weights/probe_s": published.probe_s,
+        "weights/gib_per_s": published.nbytes / 2**30 / published.transfer_s,
+        "weights/quarantined": len(published.quarantined),
+        "weights/quarantine_reasons": published.quarantined,
+    }
+
+
+def _tokens(experience: ExperienceBatch) -> dict[str, int]:
+    """What a step generated, and what it trained on."""
+    return {
+        "rollout": sum(info.response_tokens for info in experience.infos),
+        "train": sum(info.tokens for info in experience.infos),
+    }
