@@ -100,7 +100,8 @@ class ActorGroup:
             rank = first + next(i for i, f in enumerate(futures) if f in pending)
             raise ActorTimeout(
                 f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
-                f"raise cluster.call_timeout_s if that is too short; else see logs/{self.role}-{rank}.log",
+                f"raise cluster.call_timeout_s if that is too short; else see logs/{self.role}-{rank}.log in the folder "
+                "of the run",
             )
         return [future.result() for future in futures]
 
@@ -110,9 +111,9 @@ class ActorGroup:
         if isinstance(cause, RayRLHFError):
             return type(cause)(f"{where}: {cause.message}", cause.hint)
         if isinstance(error, RayActorError):
-            return ActorError(f"{where}: the actor died", f"see logs/{self.role}-{rank}.log")
+            return ActorError(f"{where}: the actor died", f"see logs/{self.role}-{rank}.log in the folder of the run")
         detail = f"{type(cause).__name__}: {cause}".splitlines()
-        return ActorError(f"{where}: {detail[0]}", f"see logs/{self.role}-{rank}.log")
+        return ActorError(f"{where}: {detail[0]}", f"see logs/{self.role}-{rank}.log in the folder of the run")
 
 
 def _as_future(ref: Any) -> asyncio.Future[Any]:

@@ -55,7 +55,9 @@ class ArtifactStore:
     def workspace(self, stage: str, key: str) -> Path:
         """An empty folder of this process to build the artifact in: two runs may be at the same stage at once."""
         self.root.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{stage}-{key}-", suffix=".partial", dir=self.root))
+        folder = Path(tempfile.mkdtemp(prefix=f".{stage}-{key}-", suffix=".partial", dir=self.root))
+        folder.chmod(0o755)  # mkdtemp's is for one user; artifacts are shared
+        return folder
 
     def finish(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rayrlhf.config.base import Folder, PositiveInt, Section
 
@@ -13,20 +13,24 @@ __all__ = ["SOURCE_FIELDS", "DataConfig"]
 SOURCE_FIELDS = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
 
 
+# A list of sources; one alone may be written without the brackets.
+Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+
+
 class DataConfig(Section):
     """A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .txt, .txt.gz) or a hub name `org/name:split`."""
 
     root: Folder | None = None
     """Folder that relative file names start from; the environment's RAYRLHF_HUMAN_DATA when None."""
-    text: tuple[str, ...] = ()
+    text: Sources = ()
     """Plain text to pretrain on."""
-    demonstrations: tuple[str, ...] = ()
+    demonstrations: Sources = ()
     """prompt and response, or messages."""
-    rankings: tuple[str, ...] = ()
+    rankings: Sources = ()
     """prompt, responses, ranks; or prompt, chosen, rejected."""
-    heldout_rankings: tuple[str, ...] = ()
+    heldout_rankings: Sources = ()
     """Never trained on; the reward model's accuracy is reported on them, per source."""
-    prompts: tuple[str, ...] = ()
+    prompts: Sources = ()
     """What PPO samples responses for."""
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5, strict=True)] = 0.05
     """Share of prompts kept out of sft and pretrain for the validation loss."""

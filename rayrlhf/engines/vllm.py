@@ -40,6 +40,10 @@ class EngineSettings:
     trust_remote_code: bool
 
 
+# Prompt tokens computed together; vLLM's own default on a CPU.
+PREFILL_TOKENS = 4096
+
+
 class RolloutEngine:
     def __init__(self, settings: EngineSettings, prompts: Sequence[PromptTokens]) -> None:
         _set_environment(settings)
@@ -63,6 +67,9 @@ class RolloutEngine:
             max_num_seqs=settings.max_sequences,
             gpu_memory_utilization=settings.gpu_memory_utilization,
             enforce_eager=cpu,  # compiling costs half a minute on a CPU and gains a tenth
+            # A prompt cut in two makes vLLM wind a seeded generator back, which a CPU generator cannot.
+            enable_chunked_prefill=not cpu,
+            max_num_batched_tokens=max(settings.context, PREFILL_TOKENS),
             trust_remote_code=settings.trust_remote_code,
             skip_tokenizer_init=True,  # ids in, ids out: one tokenizer, the driver's
             logprobs_mode="processed_logprobs",  # log softmax(logits / temperature): what the trainer computes

@@ -24,6 +24,8 @@ class StageProgress:
         self._phase, self._numbers = "preparing", ""
         self._done, self._total = 0, 0
         self._start = self._last_line = monotonic()
+        self._first: tuple[float, int] | None = None
+        """When the first step was heard of, and its number: what came before is no guide to what is left."""
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -58,6 +60,7 @@ class StageProgress:
     def step(self, done: int, total: int, numbers: Mapping[str, float]) -> None:
         """`done` of `total` steps are over; `numbers` are shown as they are named."""
         self._done, self._total = done, total
+        self._first = self._first or (monotonic(), done)
         self._numbers = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, numbers=self._numbers)
@@ -67,8 +70,10 @@ class StageProgress:
     def _line(self) -> None:
         self._last_line = monotonic()
         elapsed = self._last_line - self._start
-        eta = elapsed / self._done * (self._total - self._done) if self._done else 0.0
+        since, first = self._first or (self._start, 0)
+        pace = (self._last_line - since) / (self._done - first) if self._done > first else None
+        eta = "?" if pace is None else f"{pace * (self._total - self._done):.0f}s"
         self._console.print(
-            f"{self._stage:<9} {self._done}/{self._total}  {elapsed:.0f}s, eta {eta:.0f}s  {self._numbers}",
+            f"{self._stage:<9} {self._done}/{self._total}  {elapsed:.0f}s, eta {eta}  {self._numbers}",
             highlight=False,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -141,11 +142,15 @@ class _Run:
                 context.sink.write_sample(record)
 
     def _prepare_folder(self) -> None:
+        """A fresh folder; an earlier run of this name moves aside, whole. One that is only shown again stays."""
+        if self.folder.exists() and any(self.lineage.finished(stage) is None for stage in self.config.stages()):
+            numbers = (n for n in count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
+            aside = self.folder.with_name(f"{self.folder.name}.{next(numbers)}")
+            self.folder.rename(aside)
+            self.console.print(f"the earlier run of this name is now {aside}", highlight=False, soft_wrap=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "trace.json"):
             (self.folder / name).unlink(missing_ok=True)
-        for name in ("logs", "checkpoints", "model"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
         (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
 
     def _wandb(self) -> WandbSink | None:

@@ -7,6 +7,7 @@ follows metrics.jsonl for the progress bar.
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -88,6 +89,7 @@ def run_training(
     )
     with StageProgress(context.console, stage) as progress:
         _watch(_start(context, job, workspace), _Follower(workspace / "metrics.jsonl"), context, progress, job)
+    shutil.rmtree(workspace / "ray", ignore_errors=True)  # Ray Train's own notes of a run that is over
     result: dict[str, Any] = json.loads((workspace / "result.json").read_text(encoding="utf-8"))
     return result
 

@@ -126,7 +126,7 @@ class Pair:
             threads=1,
             kv_cache_gib=1,
             gpu_memory_utilization=0.5,
-            max_sequences=64,
+            max_sequences=256,
             transport="shared_memory",
             eos=EOS,
             trust_remote_code=False,
@@ -190,6 +190,14 @@ def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(heal
 def test_the_same_seed_draws_the_same_tokens(healthy: Pair) -> None:
     first, second = healthy.engine.generate(requests()), healthy.engine.generate(requests())
     assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
+
+
+def test_more_prompt_tokens_than_one_pass_takes_are_sampled_all_the_same(healthy: Pair) -> None:
+    many = [SampleRequest(i, i % 4, seed=i) for i in range(256)]
+    assert sum(25 for _ in many) > 4096
+    rollouts = healthy.engine.generate(many)
+    assert [r.info.sample_id for r in rollouts] == list(range(256))
+    assert all(r.info.response_tokens == len(r.logprobs) >= 1 for r in rollouts)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,6 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("sft.dropout=1", "sft.dropout: found 1; input should be less than 1"),
         ("sft.dropout=.nan", "sft.dropout: found nan; input should be "),
         ("data.heldout_fraction=0.6", "data.heldout_fraction: found 0.6; input should be less than or equal to 0.5"),
-        ("data.text=text.jsonl", "data.text: found 'text.jsonl'; input should be a valid tuple"),
         ("data.overlong_prompts=cut", "data.overlong_prompts: found 'cut'; input should be 'drop' or 'refuse'"),
         ("weights.probe_tokens=63", "weights.probe_tokens: found 63; input should be greater than or equal to 64"),
         ("model.from_scratch.vocab_size=299", "model.from_scratch.vocab_size: found 299; input should be "),
