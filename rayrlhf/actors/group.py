@@ -100,8 +100,8 @@ class ActorGroup:
             rank = first + next(i for i, f in enumerate(futures) if f in pending)
             raise ActorTimeout(
                 f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
-                f"raise cluster.call_timeout_s if that is too short; else see logs/{self.role}-{rank}.log in the folder "
-                "of the run",
+                "raise cluster.call_timeout_s if that is too short; else see "
+                f"logs/{self.role}-{rank}.log in the folder of the run",
             )
         return [future.result() for future in futures]
 
