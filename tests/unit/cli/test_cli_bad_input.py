@@ -540,7 +540,7 @@ def test_a_dry_run_of_the_demo_shows_config_and_every_role_and_starts_nothing(
     assert (done.code, done.err) == (0, "")
     for role in ("train", "policy", "reference", "reward", "value", "rollout"):
         assert re.search(rf"│ {role} +│ +1 │", done.out)
-    assert "learning_rate: 0.0003" in done.out
+    assert "learning_rate: 0.0001" in done.out
     assert "needs at once: 2 CPUs, 0 GPUs" in done.out
     assert not (tmp_path / "demo").exists()
 
