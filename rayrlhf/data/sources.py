@@ -176,15 +176,36 @@ def _unreadable(path: Path) -> Iterator[None]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(1-based number, text with its line end).
+    """(1-based number, text with its line end), through `datasets`' own reader of text.
 
-    Lines are cut at newline bytes only: `str.splitlines` also cuts at U+2028 and the like, which texts may hold.
+    Not through its JSON reader: that guesses types (a column of answers like "2020-01-01" becomes timestamps), cannot
+    take a prompt that is sometimes a string and sometimes turns, and cannot name a line.
     """
+    with _unreadable(path), path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if path.name.lower().endswith(".gz") != zipped:
+        _find_fault(path)
+    with tempfile.TemporaryDirectory(prefix="rayrlhf-") as cache:
+        try:
+            table = _load("text", path, cache, keep_linebreaks=True)
+        except Exception as error:
+            _find_fault(path)
+            with _open(path) as file:
+                if not file.read(1):  # `datasets` has no table without a row
+                    return
+            raise DataError(f"{path}: cannot be read: {error.__cause__ or error}") from None
+        for number, row in enumerate(table, start=1):
+            yield number, row["text"].removeprefix("\ufeff") if number == 1 else row["text"]
+
+
+def _find_fault(path: Path) -> None:
+    """Raise DataError with the line at which the bytes of a file stop making sense, if they do."""
     number = 0
     try:
         with _unreadable(path), _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            for line in file:
+                number += 1
+                line.decode("utf-8")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         message = f"{path}:{number + 1}: the gzip data is corrupt or cut off here: {error}"
         raise DataError(message, "fetch or compress the file again") from None
@@ -285,21 +306,27 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _load(kind: str, path: Path, cache: str, **options: Any) -> Any:
+    """A file as a table. `cache` is a folder of its own, gone afterwards: an altered file is always read anew."""
     import datasets
 
-    # A cache of its own, gone afterwards: an altered file is always read anew, and no copy is left behind.
+    with _no_progress_bars():
+        return datasets.load_dataset(
+            kind,
+            # `data_files` takes patterns, so a name with [ or * in it has to be escaped.
+            data_files=glob.escape(str(path.absolute())),
+            split="train",
+            cache_dir=cache,
+            download_config=datasets.DownloadConfig(cache_dir=cache),
+            keep_in_memory=True,
+            **options,
+        )
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="rayrlhf-") as cache:
         try:
-            with _no_progress_bars():
-                # `data_files` takes patterns, so a name with [ or * in it has to be escaped.
-                table = datasets.load_dataset(
-                    "parquet",
-                    data_files=glob.escape(str(path.absolute())),
-                    split="train",
-                    cache_dir=cache,
-                    keep_in_memory=True,
-                )
+            table = _load("parquet", path, cache)
         except Exception as error:
             cause = error.__cause__ or error
             raise DataError(f"{path}: not a readable Parquet file: {cause}", "write or fetch the file again") from None

@@ -230,7 +230,8 @@ def test_later_minibatches_may_move_away_from_ratio_1():
 def test_without_a_limit_any_ratio_passes():
     e = single([-1.0], [1.0])
     settings = UpdateSettings(clip=0.2, micro_batch_tokens=100)
-    update_policy(PlainEngine(Table([-9.0])), [e], [[0]], e, settings, 1e-3)
+    metrics = update_policy(PlainEngine(Table([-9.0])), [e], [[0]], e, settings, 1e-3)
+    assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(-8.0))
 
 
 def test_a_first_minibatch_of_nan_stops_the_run():

@@ -60,7 +60,7 @@ def vector(numbers: list) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def close(got: Tensor, want: list) -> None:
+def assert_close(got: Tensor, want: list) -> None:
     torch.testing.assert_close(got.detach(), vector(want), rtol=1e-12, atol=1e-12)
 
 
@@ -86,30 +86,30 @@ ZERO = [0.0, 0.0, 0.0]
 
 class TestWhatTheModelsSay:
     def test_logprobs_are_of_the_response_tokens_given_the_token_before(self) -> None:
-        close(reference.response_logprobs(Bigrams(), SAMPLE), [log(4 / 6), log(1 / 4)])
+        assert_close(reference.response_logprobs(Bigrams(), SAMPLE), [log(4 / 6), log(1 / 4)])
 
     def test_the_temperature_divides_the_logits(self) -> None:
         # softmax(log w / 2) is sqrt(w) over its sum: (2, 1, 1) / 4 and (1, sqrt 2, 1) / (2 + sqrt 2).
         got = reference.response_logprobs(Bigrams(), SAMPLE, temperature=2.0)
-        close(got, [log(1 / 2), -log(2 + sqrt(2))])
+        assert_close(got, [log(1 / 2), -log(2 + sqrt(2))])
 
     def test_values_are_read_before_each_token_and_the_reward_at_the_last(self) -> None:
-        close(reference.response_values(Scorer(), SAMPLE), [1.0, 0.5])
-        close(reference.response_reward(Scorer(), SAMPLE), 1.5)
+        assert_close(reference.response_values(Scorer(), SAMPLE), [1.0, 0.5])
+        assert_close(reference.response_reward(Scorer(), SAMPLE), 1.5)
 
     def test_normalisation_is_bias_then_scale(self) -> None:
-        close(reference.response_values(Scorer(), SAMPLE, bias=0.5, scale=2.0), [0.25, 0.0])
-        close(reference.response_reward(Scorer(), SAMPLE, bias=0.5, scale=2.0), 0.5)
+        assert_close(reference.response_values(Scorer(), SAMPLE, bias=0.5, scale=2.0), [0.25, 0.0])
+        assert_close(reference.response_reward(Scorer(), SAMPLE, bias=0.5, scale=2.0), 0.5)
 
     def test_score_gathers_all_four(self) -> None:
         policy, lm, scorer = Bigrams(), Bigrams(), Scorer()
         with torch.no_grad():
             lm.table[1] = vector([1.0, 1.0, 2.0]).log()
         got = reference.score(SAMPLE, policy, lm, scorer, scorer, 1.0, (0.5, 2.0), (0.5, 2.0))
-        close(got.logprobs, [log(4 / 6), log(1 / 4)])
-        close(got.reference_logprobs, [log(1 / 4), log(1 / 4)])
-        close(got.values, [0.25, 0.0])
-        close(got.reward, 0.5)
+        assert_close(got.logprobs, [log(4 / 6), log(1 / 4)])
+        assert_close(got.reference_logprobs, [log(1 / 4), log(1 / 4)])
+        assert_close(got.values, [0.25, 0.0])
+        assert_close(got.reward, 0.5)
         assert not got.logprobs.requires_grad
 
     def test_a_response_needs_a_prompt(self) -> None:
@@ -134,41 +134,41 @@ class TestFromScoresToAdvantages:
         [("k1", log(2)), ("k2", log(2) ** 2 / 2), ("k3", 1 / 2 - 1 + log(2))],  # q = 1/2
     )
     def test_token_kl(self, kind: str, want: float) -> None:
-        close(reference.token_kl(vector([log(1 / 2)]), vector([log(1 / 4)]), kind), [want])
+        assert_close(reference.token_kl(vector([log(1 / 2)]), vector([log(1 / 4)]), kind), [want])
 
     def test_the_score_is_added_at_the_last_token(self) -> None:
-        close(reference.token_rewards(vector(3.0), vector([1.0, -2.0]), 0.1), [-0.1, 3.2])
+        assert_close(reference.token_rewards(vector(3.0), vector([1.0, -2.0]), 0.1), [-0.1, 3.2])
 
     def test_gae(self) -> None:
         # delta_1 = 2 - 1 = 1, delta_0 = 1 + 0.5 * 1 - 0.5 = 1; A_1 = 1, A_0 = 1 + 0.25 * 1.
         advantages, returns = reference.gae(vector([1.0, 2.0]), vector([0.5, 1.0]), gamma=0.5, lam=0.5)
-        close(advantages, [1.25, 1.0])
-        close(returns, [1.75, 2.0])
+        assert_close(advantages, [1.25, 1.0])
+        assert_close(returns, [1.75, 2.0])
 
     def test_gae_with_lambda_0_is_the_td_error_and_with_1_the_return_minus_the_value(self) -> None:
         rewards, values = vector([1.0, 2.0, 4.0]), vector([0.5, 1.0, -1.0])
-        close(reference.gae(rewards, values, 1.0, 0.0)[0], [1.5, 0.0, 5.0])
-        close(reference.gae(rewards, values, 1.0, 1.0)[0], [6.5, 5.0, 5.0])
+        assert_close(reference.gae(rewards, values, 1.0, 0.0)[0], [1.5, 0.0, 5.0])
+        assert_close(reference.gae(rewards, values, 1.0, 1.0)[0], [6.5, 5.0, 5.0])
 
     def test_whitening_counts_all_tokens_alike(self) -> None:
         # 1, 2, 3 have mean 2 and population variance 2/3.
         std = sqrt(2 / 3 + 1e-8)
         first, second = reference.whiten([vector([1.0, 2.0]), vector([3.0])])
-        close(first, [-1 / std, 0.0])
-        close(second, [1 / std])
+        assert_close(first, [-1 / std, 0.0])
+        assert_close(second, [1 / std])
 
     def test_estimate_chains_them(self) -> None:
         even = Scored(vector([0.0, 0.0]), vector([0.0, 0.0]), vector([0.5, 1.0]), vector(2.0))
         apart = Scored(vector([-1.0]), vector([-3.0]), vector([0.0]), vector(1.0))
         # Rewards [0, 2] and 1 - 0.5 * 2 = 0. With gamma = lambda = 1, A = return - value: [1.5, 1] and 0.
         first, second = reference.estimate([even, apart], 0.5, gamma=1.0, lam=1.0)
-        close(first.rewards, [0.0, 2.0])
-        close(second.rewards, [0.0])
-        close(first.returns, [2.0, 2.0])
-        close(second.returns, [0.0])
+        assert_close(first.rewards, [0.0, 2.0])
+        assert_close(second.rewards, [0.0])
+        assert_close(first.returns, [2.0, 2.0])
+        assert_close(second.returns, [0.0])
         mean, std = 2.5 / 3, sqrt((1.5**2 + 1) / 3 - (2.5 / 3) ** 2 + 1e-8)
-        close(first.advantages, [(1.5 - mean) / std, (1 - mean) / std])
-        close(second.advantages, [-mean / std])
+        assert_close(first.advantages, [(1.5 - mean) / std, (1 - mean) / std])
+        assert_close(second.advantages, [-mean / std])
 
 
 class TestPolicyStep:
@@ -179,20 +179,20 @@ class TestPolicyStep:
         step = reference.policy_step(lm, sgd(lm, 0.5), [ppo_example()], clip=0.2)
         assert step.loss == pytest.approx(-1.6, rel=1e-12)
         assert list(step.gradients) == ["table"]  # the tied name is not counted twice
-        close(step.gradients["table"], [ZERO, [-g for g in ROW], ZERO])
+        assert_close(step.gradients["table"], [ZERO, [-g for g in ROW], ZERO])
         assert step.gradient_norm == pytest.approx(sqrt(1 / 6), rel=1e-12)
-        close(step.weights["table"] - before, [ZERO, [g / 2 for g in ROW], ZERO])
+        assert_close(step.weights["table"] - before, [ZERO, [g / 2 for g in ROW], ZERO])
 
     def test_a_negative_advantage_is_clipped_from_below_only(self) -> None:
         old = vector([log(2 / 3) - log(0.5), log(1 / 4) - log(1.5)])  # ratios 0.5 and 1.5
-        close(reference.policy_loss(vector([log(2 / 3), log(1 / 4)]), old, vector([-1.0, -1.0])), 0.8 + 1.5)
+        assert_close(reference.policy_loss(vector([log(2 / 3), log(1 / 4)]), old, vector([-1.0, -1.0])), 0.8 + 1.5)
 
     def test_the_mean_is_over_the_tokens_of_all_samples(self) -> None:
         lm, short = Bigrams(), Sample(torch.tensor([1, 0]), 1)
         one = PPOExample(short, vector([log(4 / 6)]), vector([4.0]), vector([0.0]), vector([0.0]))
         step = reference.policy_step(lm, sgd(lm, 0.5), [ppo_example(), one])
         assert step.loss == pytest.approx(-(2 + 1.2 + 4) / 3, rel=1e-12)
-        close(step.gradients["table"][1], [-(2 + 4) / 3 * g for g in ROW])
+        assert_close(step.gradients["table"][1], [-(2 + 4) / 3 * g for g in ROW])
 
     def test_adamw(self) -> None:
         # A first step moves each weight by rate * g / (|g| + eps), after the decay by 1 - rate * decay.
@@ -200,7 +200,7 @@ class TestPolicyStep:
         before = lm.table.detach().clone()
         optimizer = torch.optim.AdamW(lm.parameters(), 0.5, (0.9, 0.95), eps=1 / 3, weight_decay=0.1)
         step = reference.policy_step(lm, optimizer, [ppo_example()])
-        close(step.weights["table"] - 0.95 * before, [ZERO, [1 / 4, -1 / 6, -1 / 6], ZERO])
+        assert_close(step.weights["table"] - 0.95 * before, [ZERO, [1 / 4, -1 / 6, -1 / 6], ZERO])
 
     def test_ptx_adds_its_gradient_in_the_same_step(self) -> None:
         # -log p(0 | 1), three times over: the policy's gradient direction, three times as long.
@@ -212,14 +212,14 @@ class TestPolicyStep:
         assert step.loss == pytest.approx(-1.6 - 3 * log(4 / 6), rel=1e-12)
         assert step.gradient_norms == pytest.approx({"policy": sqrt(1 / 6), "ptx": 3 * sqrt(1 / 6)}, rel=1e-12)
         assert step.gradient_norm == pytest.approx(4 * sqrt(1 / 6), rel=1e-12)
-        close(step.gradients["table"], [ZERO, [-4 * g for g in ROW], ZERO])
-        close(step.weights["table"] - before, [ZERO, [2 * g for g in ROW], ZERO])
+        assert_close(step.gradients["table"], [ZERO, [-4 * g for g in ROW], ZERO])
+        assert_close(step.weights["table"] - before, [ZERO, [2 * g for g in ROW], ZERO])
 
     def test_clipping_scales_the_step_not_the_report(self) -> None:
         lm = Bigrams()
         before = lm.table.detach().clone()
         step = reference.policy_step(lm, sgd(lm, 1.0), [ppo_example()], max_norm=0.1)
-        close(step.gradients["table"][1], [-g for g in ROW])
+        assert_close(step.gradients["table"][1], [-g for g in ROW])
         moved = step.weights["table"] - before
         assert float(moved.norm()) == pytest.approx(0.1, rel=1e-5)
 
@@ -238,10 +238,10 @@ def test_value_step() -> None:
     model = Scorer()
     step = reference.value_step(model, sgd(model, 1.0), [ppo_example()], clip=0.2)
     assert step.loss == pytest.approx(0.2725, rel=1e-12)
-    close(step.gradients["base_model.table"], [-0.25, 0.0, 0.0])
-    close(step.gradients["score.weight"], [[-0.5]])
-    close(step.weights["base_model.table"], [1.25, 2.0, 3.0])
-    close(step.weights["score.weight"], [[1.0]])
+    assert_close(step.gradients["base_model.table"], [-0.25, 0.0, 0.0])
+    assert_close(step.gradients["score.weight"], [[-0.5]])
+    assert_close(step.weights["base_model.table"], [1.25, 2.0, 3.0])
+    assert_close(step.weights["score.weight"], [[1.0]])
 
 
 def test_value_step_reads_normalised_values() -> None:
@@ -249,7 +249,7 @@ def test_value_step_reads_normalised_values() -> None:
     model = Scorer()
     step = reference.value_step(model, sgd(model, 1.0), [ppo_example()], 0.2, normalisation=(0.5, 2.0))
     assert step.loss == pytest.approx(0.5 * (0.75**2 + 1.5**2) / 2, rel=1e-12)
-    close(step.gradients["score.weight"], [[(-0.75 * 2 - 1.5 * 1) / 2 / 2]])
+    assert_close(step.gradients["score.weight"], [[(-0.75 * 2 - 1.5 * 1) / 2 / 2]])
 
 
 def test_sft_step_learns_responses_only() -> None:
@@ -257,14 +257,14 @@ def test_sft_step_learns_responses_only() -> None:
     lm = Bigrams()
     step = reference.sft_step(lm, sgd(lm, 1.0), [SAMPLE, Sample(torch.tensor([0, 2, 1]), 2)])
     assert step.loss == pytest.approx(-(log(4 / 6) + 2 * log(1 / 4)) / 3, rel=1e-12)
-    close(
+    assert_close(
         step.gradients["table"],
         [[g / 3 for g in (1 / 4, 1 / 2, -3 / 4)], [-g / 3 for g in ROW], [g / 3 for g in (1 / 4, -3 / 4, 1 / 2)]],
     )
 
 
 def test_a_text_without_prompt_is_learned_from_its_second_token_on() -> None:
-    close(reference.language_loss(Bigrams(), Sample(torch.tensor([1, 0, 2]), 0)), -log(4 / 6) - log(1 / 4))
+    assert_close(reference.language_loss(Bigrams(), Sample(torch.tensor([1, 0, 2]), 0)), -log(4 / 6) - log(1 / 4))
 
 
 def comparison(last: list[int], ranks: tuple[int, ...]) -> Comparison:
@@ -289,13 +289,13 @@ def test_reward_step() -> None:
 
     # Gaps are weight * (1, 2) in prompt 1 and weight * -1 in prompt 3.
     want = ((slope(0.5) * 1 + slope(1.0) * 2) / 2 + slope(-0.5) * -1) / 2
-    close(step.gradients["score.weight"], [[want]])
-    close(step.weights["score.weight"], [[0.5 - want]])
+    assert_close(step.gradients["score.weight"], [[want]])
+    assert_close(step.weights["score.weight"], [[0.5 - want]])
 
 
 def test_ties_alone_lose_nothing() -> None:
     scores = [vector(1.0), vector(2.0)]
-    close(reference.ranking_loss(scores, (1, 1)), 0.0)
+    assert_close(reference.ranking_loss(scores, (1, 1)), 0.0)
 
 
 class TestFirstDifference:
