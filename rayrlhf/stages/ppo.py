@@ -27,7 +27,7 @@ from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.errors import ActorError
 from rayrlhf.metrics.clock import StepClock
-from rayrlhf.metrics.sinks import JsonLines
+from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
@@ -70,12 +70,13 @@ class _Run:
                 progress.phase("starting")
                 await self._start_actors()
                 ready = perf_counter()
-                history = await self._loop(progress)
+                await self._loop(progress)
                 progress.phase("saving")
                 await self._save_final()
             finally:
                 await self._stop_actors()
         _, counts = self.context.data.prompts
+        history = read_jsonl(self.workspace / "metrics.jsonl")  # from disk: the driver keeps nothing per step
         return _summary(history) | {"data": counts, "start_seconds": ready - start}
 
     async def _start_actors(self) -> None:
@@ -102,7 +103,7 @@ class _Run:
 
         await asyncio.gather(start_engines(), *(start_model(role) for role in classes))
 
-    async def _loop(self, progress: StageProgress) -> list[dict[str, Any]]:
+    async def _loop(self, progress: StageProgress) -> None:
         config, ppo = self.config, self.config.ppo
         clock = StepClock(self.workspace / "trace.json", progress.phase)
         prompts, _ = self.context.data.prompts
@@ -138,7 +139,6 @@ class _Run:
         finally:
             clock.close()
             sink.close()
-        return sink.history
 
     async def _gauges(self) -> dict[str, float]:
         memory = await memory_per_role(list(self.groups.values()))
@@ -224,7 +224,7 @@ class _Run:
 
 
 class _StageSink:
-    """The loop's records: to the run's sinks, the progress bar, and the summary."""
+    """The loop's records: to the run's sinks, the artifact, and the progress bar."""
 
     def __init__(self, context: StageContext, progress: StageProgress, steps: int, workspace: Path) -> None:
         self._context = context
@@ -232,20 +232,12 @@ class _StageSink:
         self._kept = (JsonLines(workspace / "metrics.jsonl"), JsonLines(workspace / "samples.jsonl"))
         self._progress = progress
         self._steps = steps
-        self.history: list[dict[str, Any]] = []
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._context.sink.write({"stage": "ppo", **record})
         self._kept[0].write(record)
         for engine, reason in record["weights/quarantine_reasons"].items():
             self._context.console.print(f"[yellow]{engine} is left out, its weights are not verified:[/] {reason}")
-        keys = (
-            "reward/mean",
-            "kl/mean",
-            "response/length_mean",
-            *(k for k in record if k.startswith(("time/", "mem"))),
-        )
-        self.history.append({key: record[key] for key in keys})
         shown = {"reward": record["reward/mean"], "kl": record["kl/mean"], "length": record["response/length_mean"]}
         self._progress.step(record["step"], self._steps, shown)
 
