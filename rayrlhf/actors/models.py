@@ -14,10 +14,11 @@ from typing import Any
 import ray
 
 from rayrlhf.actors.base import Actor
+from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
 from rayrlhf.engines.distributed import Rendezvous, join_process_group
 from rayrlhf.engines.learning import EstimateSettings, UpdateSettings, estimate, update_policy, update_value
-from rayrlhf.engines.scoring import probe_logprobs, score_logprobs, score_rewards, score_values
+from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
@@ -34,7 +35,7 @@ class ModelSettings:
     dtype: str
     device: str
     trust_remote_code: bool
-    micro_batch_tokens: int
+    cutting: Cutting
     zero_stage: int
     temperature: float
     learner: LearnerSettings | None = None
@@ -58,6 +59,8 @@ class _ModelActor(Actor):
         """Join the role's process group and load the model."""
         join_process_group(rendezvous)
         self.engine = self._load()
+        if self.settings.cutting.packed:
+            check_packing(self.engine, self.settings.dtype)
 
     def _load(self) -> Learner | FrozenModel:
         raise AssertionError("each role loads its own model")
@@ -79,7 +82,7 @@ class ReferenceActor(_ModelActor):
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         s = self.settings
-        scores = score_logprobs(self.engine, rollouts, spare, s.micro_batch_tokens, s.temperature)
+        scores = score_logprobs(self.engine, rollouts, spare, s.cutting, s.temperature)
         return Scores(reference_logprobs=scores.logprobs)
 
 
@@ -89,7 +92,7 @@ class RewardActor(_ModelActor):
         return FrozenModel(load_scalar(s.path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
-        return score_rewards(self.engine, rollouts, spare, self.settings.micro_batch_tokens)
+        return score_rewards(self.engine, rollouts, spare, self.settings.cutting)
 
 
 class _LearnerActor(_ModelActor):
@@ -124,7 +127,7 @@ class ValueActor(_LearnerActor):
         return Learner(load_scalar(s.path, s.trust_remote_code), s.learner)
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
-        return score_values(self.engine, rollouts, spare, self.settings.micro_batch_tokens)
+        return score_values(self.engine, rollouts, spare, self.settings.cutting)
 
     def _published_module(self) -> Any:
         module = self.engine.module
@@ -147,7 +150,7 @@ class PolicyActor(_LearnerActor):
         return learner
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
-        return score_logprobs(self.engine, rollouts, spare, self.settings.micro_batch_tokens, self.settings.temperature)
+        return score_logprobs(self.engine, rollouts, spare, self.settings.cutting, self.settings.temperature)
 
     def estimate(
         self, ids: Sequence[int], kl_coef: float, n_rollouts: int, *chunks: Any

@@ -48,6 +48,8 @@ class ModelConfig(Section):
     from_scratch: FromScratch | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations in every role; optimizers keep fp32 master weights either way."""
+    packed: bool = True
+    """Sequences share the rows of a micro-batch, none sees another (checked at every start); else a padded row each."""
     chat_template: str | None = None
     """Jinja text or a file; None takes the tokenizer's own."""
     trust_remote_code: bool = False

@@ -31,7 +31,7 @@ class PPOConfig(Section):
     epochs: PositiveInt = 1
     """Passes over the batch."""
     micro_batch_tokens: PositiveInt = 4096
-    """Padded tokens per forward/backward on a rank."""
+    """Tokens, padding included, per forward/backward on a rank."""
     learning_rate: Positive = 9e-6
     value_learning_rate: Positive = 9e-6
     warmup_steps: NonNegativeInt = 10

@@ -33,7 +33,7 @@ class SupervisedConfig(Section):
     zero_stage: ZeroStage = 0
     """0 on one rank is the fastest; shard optimizer (1), gradients (2) or weights (3) when memory asks for it."""
     micro_batch_tokens: PositiveInt = 4096
-    """Padded tokens per forward/backward on a rank."""
+    """Tokens, padding included, per forward/backward on a rank."""
     log_every: PositiveInt = 10
 
 

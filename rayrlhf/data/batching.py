@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["balance", "epoch_order", "micro_batches", "pad_rows"]
+__all__ = ["Cut", "Cutting", "balance", "epoch_order", "micro_batches", "pad_rows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How sequences become micro-batches."""
+
+    tokens: int
+    """of a micro-batch at most, padding included"""
+    packed: bool = True
+    """Several sequences share a row; else each has its own, padded to the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One micro-batch: rows of equal width."""
+
+    units: list[int]
+    rows: list[list[tuple[int, int]]]
+    """per row its sequences from left to right, each (unit, which of the unit's sequences)"""
+    width: int
 
 
 def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
@@ -39,32 +60,50 @@ def balance(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group sequences so that each group, padded to its longest row, takes at most `budget` tokens.
+def micro_batches(units: Sequence[Sequence[int]], cutting: Cutting) -> list[Cut]:
+    """Group units into micro-batches of at most `cutting.tokens` tokens: rows x width.
 
-    Groups hold sequences of like length, longest first, so little of them is padding. A sequence longer than the
-    budget gets a group of its own.
+    Sequences of like length come together, longest first, so little is padding; packed, each goes to the first row
+    that has room for it. A unit over the limit gets a micro-batch of its own.
 
     Args:
-        lengths: tokens of each sequence.
-        budget: rows x longest row of a micro-batch, in tokens.
+        units: what may not be parted (a response, or all responses to a prompt): the tokens of each sequence in it.
 
     Returns:
-        Groups of indices; every index once; no group is empty.
+        Micro-batches; every unit is in one of them; none is empty.
 
     Raises:
-        ValueError: `budget` is less than 1.
+        ValueError: `cutting.tokens` is less than 1.
     """
-    if budget < 1:
-        raise ValueError(f"budget is {budget} tokens, expected 1 or more")
-    groups: list[list[int]] = []
-    for index in _longest_first(lengths):
-        # Longest first: the first row of a group is the one that the others are padded to.
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    if cutting.tokens < 1:
+        raise ValueError(f"micro-batches of {cutting.tokens} tokens, expected 1 or more")
+    cuts: list[Cut] = []
+    room: list[int] = []
+    longest = [max(lengths, default=0) for lengths in units]
+    for unit in _longest_first(longest):
+        placed = _place(units[unit], list(room), cuts[-1].width, cutting.packed) if cuts else None
+        if placed is None or len(placed[1]) * cuts[-1].width > cutting.tokens:
+            # Longest first: the first unit of a micro-batch is as wide as all that follow.
+            cuts.append(Cut([], [], longest[unit]))
+            placed = _place(units[unit], [], longest[unit], cutting.packed)
+        rows, room = placed
+        cuts[-1].units.append(unit)
+        cuts[-1].rows.extend([] for _ in range(len(room) - len(cuts[-1].rows)))
+        for sequence, row in enumerate(rows):
+            cuts[-1].rows[row].append((unit, sequence))
+    return cuts
+
+
+def _place(lengths: Sequence[int], room: list[int], width: int, packed: bool) -> tuple[list[int], list[int]]:
+    """(The row of each sequence, the room left in each row), rows opened where needed."""
+    rows = []
+    for length in lengths:
+        row = next((r for r, free in enumerate(room) if packed and free >= length), len(room))
+        if row == len(room):
+            room.append(width)
+        room[row] -= length
+        rows.append(row)
+    return rows, room
 
 
 def pad_rows(rows: Sequence[np.ndarray], value: float, dtype: DTypeLike) -> np.ndarray:

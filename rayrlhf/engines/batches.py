@@ -1,41 +1,103 @@
-"""Rollouts and experiences as micro-batches of tensors.
+"""Sequences as micro-batches of tensors: rollouts and experiences here, the supervised tasks' in supervised.py.
 
-A micro-batch holds B rows of T tokens, padded on the right, cut by a token budget (B x T <= budget), rows of like
-length together so that little is padding. The N response tokens of all its rows are addressed by flat positions,
-so nothing past a response is ever scored, averaged or learned from.
+A micro-batch holds B rows of T tokens within a token budget: several sequences a row with positions of their own
+(packed, no sequence sees another), or one a row, padded on the right. Tokens are addressed by flat positions in
+B x T, so nothing past a response is ever scored, averaged or learned from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.data.batching import micro_batches, pad_rows
+from rayrlhf.data.batching import Cut, Cutting, micro_batches
 from rayrlhf.types import Experience, Rollout
 
-__all__ = ["ExperienceBatch", "RolloutBatch", "cut_experiences", "cut_rollouts", "dummy_experience", "dummy_rollout"]
+__all__ = [
+    "ExperienceBatch",
+    "Layout",
+    "RolloutBatch",
+    "cut_experiences",
+    "cut_rollouts",
+    "dummy_experience",
+    "dummy_rollout",
+    "lay_out",
+    "spans",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the sequences of a micro-batch lie."""
+
+    units: tuple[int, ...]
+    """which of the units it was cut from it holds, in order"""
+    tokens: Tensor
+    """int64 [B, T]"""
+    position_ids: Tensor | None
+    """int64 [B, T]: each sequence counts from 0, as does the padding; None where no row holds two sequences"""
+    starts: Tensor
+    """int64 [S]: flat index of each sequence's first token, unit by unit"""
+
+    @property
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What a model's forward pass needs of it."""
+        return {"tokens": self.tokens, "position_ids": self.position_ids}
+
+
+def lay_out(units: Sequence[Sequence[np.ndarray]], cutting: Cutting, device: torch.device) -> list[Layout]:
+    """Micro-batches of `units`, each one or more token rows [T_i] that stay together."""
+    cuts = micro_batches([[len(sequence) for sequence in unit] for unit in units], cutting)
+    return [_layout(units, cut, device) for cut in cuts]
+
+
+def spans(starts: Tensor, first: Sequence[int], end: Sequence[int]) -> Tensor:
+    """Flat positions of tokens first_i ... end_i - 1 of each sequence: int64 [sum of end_i - first_i]."""
+    ranges = [torch.arange(s + a, s + b) for s, a, b in zip(starts.tolist(), first, end, strict=True)]
+    return torch.cat(ranges).to(starts.device)
+
+
+def _layout(units: Sequence[Sequence[np.ndarray]], cut: Cut, device: torch.device) -> Layout:
+    tokens, position_ids = np.zeros((2, len(cut.rows), cut.width), dtype=np.int64)
+    starts: dict[tuple[int, int], int] = {}
+    for row, members in enumerate(cut.rows):
+        offset = 0
+        for unit, sequence in members:
+            length = len(units[unit][sequence])
+            tokens[row, offset : offset + length] = units[unit][sequence]
+            position_ids[row, offset : offset + length] = np.arange(length)
+            starts[unit, sequence] = row * cut.width + offset
+            offset += length
+        position_ids[row, offset:] = np.arange(cut.width - offset)
+    order = [starts[unit, sequence] for unit in cut.units for sequence in range(len(units[unit]))]
+    packed = any(len(members) > 1 for members in cut.rows)
+    return Layout(
+        tuple(cut.units),
+        torch.from_numpy(tokens).to(device),
+        torch.from_numpy(position_ids).to(device) if packed else None,
+        torch.tensor(order, dtype=torch.int64, device=device),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch:
     rollouts: tuple[Rollout, ...]
-    tokens: Tensor
-    """int64 [B, T]"""
+    layout: Layout
     positions: Tensor
-    """int64 [N]: flat indices of the response tokens, row by row"""
+    """int64 [N]: flat indices of the response tokens, rollout by rollout"""
 
     @property
     def lengths(self) -> list[int]:
-        """R of each row; they add up to N."""
+        """R of each rollout; they add up to N."""
         return [r.info.response_tokens for r in self.rollouts]
 
     @property
     def last_positions(self) -> Tensor:
-        """int64 [B]: flat index of each row's last response token."""
+        """int64 [B]: flat index of each rollout's last response token."""
         return self.positions[torch.tensor(self.lengths).cumsum(0).to(self.positions.device) - 1]
 
 
@@ -51,42 +113,38 @@ class ExperienceBatch:
     """bool [N]: False nowhere but in a dummy"""
 
 
-def cut_rollouts(rollouts: Sequence[Rollout], budget: int, device: torch.device) -> list[RolloutBatch]:
-    """Micro-batches of at most `budget` padded tokens."""
-    lengths = [r.info.tokens for r in rollouts]
-    return [_collate([rollouts[i] for i in rows], device) for rows in micro_batches(lengths, budget)]
+def cut_rollouts(rollouts: Sequence[Rollout], cutting: Cutting, device: torch.device) -> list[RolloutBatch]:
+    layouts = lay_out([[r.tokens] for r in rollouts], cutting, device)
+    return [_rollout_batch([rollouts[i] for i in layout.units], layout) for layout in layouts]
 
 
-def cut_experiences(experiences: Sequence[Experience], budget: int, device: torch.device) -> list[ExperienceBatch]:
-    lengths = [e.rollout.info.tokens for e in experiences]
-    return [_collate_experience([experiences[i] for i in rows], device) for rows in micro_batches(lengths, budget)]
+def cut_experiences(experiences: Sequence[Experience], cutting: Cutting, device: torch.device) -> list[ExperienceBatch]:
+    layouts = lay_out([[e.rollout.tokens] for e in experiences], cutting, device)
+    return [_experience_batch([experiences[i] for i in layout.units], layout) for layout in layouts]
 
 
 def dummy_rollout(like: Rollout, device: torch.device) -> RolloutBatch:
     """What a rank runs when others still have work: `like`, whose results nobody reads."""
-    return _collate([like], device)
+    return cut_rollouts([like], Cutting(like.info.tokens), device)[0]
 
 
 def dummy_experience(like: Experience, device: torch.device) -> ExperienceBatch:
     """As `dummy_rollout`, with an empty mask: its loss is 0."""
-    batch = _collate_experience([like], device)
-    mask = torch.zeros_like(batch.mask)
-    return ExperienceBatch(batch.batch, batch.old_logprobs, batch.advantages, batch.returns, batch.old_values, mask)
+    batch = cut_experiences([like], Cutting(like.rollout.info.tokens), device)[0]
+    return replace(batch, mask=torch.zeros_like(batch.mask))
 
 
-def _collate(rollouts: Sequence[Rollout], device: torch.device) -> RolloutBatch:
-    tokens = torch.from_numpy(pad_rows([r.tokens for r in rollouts], 0, np.int64))
-    width = tokens.shape[1]
-    positions = [
-        torch.arange(row * width + r.prompt_tokens, row * width + r.info.tokens) for row, r in enumerate(rollouts)
-    ]
-    return RolloutBatch(tuple(rollouts), tokens.to(device), torch.cat(positions).to(device))
+def _rollout_batch(rollouts: Sequence[Rollout], layout: Layout) -> RolloutBatch:
+    first, end = [r.prompt_tokens for r in rollouts], [r.info.tokens for r in rollouts]
+    return RolloutBatch(tuple(rollouts), layout, spans(layout.starts, first, end))
 
 
-def _collate_experience(experiences: Sequence[Experience], device: torch.device) -> ExperienceBatch:
+def _experience_batch(experiences: Sequence[Experience], layout: Layout) -> ExperienceBatch:
+    device = layout.tokens.device
+
     def flat(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(e, name) for e in experiences])).to(device)
 
-    batch = _collate([e.rollout for e in experiences], device)
+    batch = _rollout_batch([e.rollout for e in experiences], layout)
     mask = torch.ones(batch.positions.shape[0], dtype=torch.bool, device=device)
     return ExperienceBatch(batch, flat("old_logprobs"), flat("advantages"), flat("returns"), flat("old_values"), mask)

@@ -27,7 +27,7 @@ from rayrlhf.algorithms import (
     token_rewards,
     whiten_with_moments,
 )
-from rayrlhf.data.batching import pad_rows
+from rayrlhf.data.batching import Cutting, pad_rows
 from rayrlhf.engines.batches import ExperienceBatch, cut_experiences, dummy_experience
 from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_max, all_reduce_sum, reduce_means
@@ -49,7 +49,7 @@ class EstimateSettings:
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
     clip: float
-    micro_batch_tokens: int
+    cutting: Cutting
     temperature: float = 1.0
     """The policy's only."""
     first_log_ratio_max: float = math.inf
@@ -129,7 +129,9 @@ def update_policy(
     """
 
     def loss(module: Module, batch: ExperienceBatch, tokens: float, stats: _Stats) -> Tensor:
-        logprobs = module(tokens=batch.batch.tokens, positions=batch.batch.positions, temperature=settings.temperature)
+        logprobs = module(
+            **batch.batch.layout.inputs, positions=batch.batch.positions, temperature=settings.temperature
+        )
         value, parts = ppo_policy_loss(
             logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip, denominator=tokens
         )
@@ -157,7 +159,7 @@ def update_value(
     """Half the clipped squared error to the returns; otherwise as `update_policy`."""
 
     def loss(module: Module, batch: ExperienceBatch, tokens: float, stats: _Stats) -> Tensor:
-        values = module(tokens=batch.batch.tokens, positions=batch.batch.positions - 1)
+        values = module(**batch.batch.layout.inputs, positions=batch.batch.positions - 1)
         value, parts = ppo_value_loss(
             values, batch.old_values, batch.returns, batch.mask, settings.clip, denominator=tokens
         )
@@ -199,7 +201,7 @@ def _update(
         stats = _Stats()
         step = learner.train_step(
             lambda module, batch, t=tokens, s=stats: loss(module, batch, t, s),
-            cut_experiences(mine, settings.micro_batch_tokens, learner.device),
+            cut_experiences(mine, settings.cutting, learner.device),
             dummy,
             learning_rate,
         )

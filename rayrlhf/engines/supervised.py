@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from rayrlhf.algorithms import lm_loss, ranking_loss
-from rayrlhf.data.batching import balance, epoch_order, micro_batches, pad_rows
+from rayrlhf.data.batching import Cutting, balance, epoch_order
 from rayrlhf.data.prompts import LMExample, RankingExample
+from rayrlhf.engines.batches import Layout, lay_out, spans
 from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.engines.schedule import cosine_with_warmup
@@ -36,7 +37,7 @@ class TrainSettings:
     epochs: float
     warmup_ratio: float
     final_lr_ratio: float
-    micro_batch_tokens: int
+    cutting: Cutting
     log_every: int
     seed: int
     max_steps: int | None = None
@@ -54,8 +55,8 @@ class Task(Protocol[M]):
         """Tokens of each example."""
         ...
 
-    def cut(self, rows: Sequence[int], budget: int, device: torch.device) -> list[M]:
-        """The examples `rows` as micro-batches of at most `budget` padded tokens."""
+    def cut(self, rows: Sequence[int], cutting: Cutting, device: torch.device) -> list[M]:
+        """The examples `rows` as micro-batches."""
         ...
 
     def dummy(self, device: torch.device) -> M:
@@ -82,7 +83,7 @@ def train(learner: Learner, task: Task[M], settings: TrainSettings, log: Log) ->
         denominator = task.denominator(batch)
         result = learner.train_step(
             lambda module, m, d=denominator: task.loss(module, m, d),
-            task.cut(mine, settings.micro_batch_tokens, learner.device),
+            task.cut(mine, settings.cutting, learner.device),
             dummy,
             rate,
         )
@@ -112,10 +113,9 @@ def _batches(examples: int, settings: TrainSettings) -> Iterator[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class _LanguageBatch:
-    tokens: Tensor
-    """int64 [B, T]"""
+    layout: Layout
     positions: Tensor
-    """int64 [N]: the tokens learned, never a row's first"""
+    """int64 [N]: the tokens learned, never a sequence's first"""
 
 
 class LanguageTask:
@@ -125,40 +125,40 @@ class LanguageTask:
         self.examples = examples
         self.sizes = [len(e.tokens) for e in examples]
 
-    def cut(self, rows: Sequence[int], budget: int, device: torch.device) -> list[_LanguageBatch]:
-        cuts = micro_batches([self.sizes[i] for i in rows], budget)
-        return [self._collate([self.examples[rows[i]] for i in cut], device) for cut in cuts]
+    def cut(self, rows: Sequence[int], cutting: Cutting, device: torch.device) -> list[_LanguageBatch]:
+        return _language_batches([self.examples[i] for i in rows], cutting, device)
 
     def dummy(self, device: torch.device) -> _LanguageBatch:
-        return self._collate([min(self.examples, key=lambda e: len(e.tokens))], device)
+        shortest = min(self.examples, key=lambda e: len(e.tokens))
+        return _language_batches([shortest], Cutting(len(shortest.tokens)), device)[0]
 
     def denominator(self, rows: Sequence[int]) -> float:
         return float(sum(self.sizes[i] - _first_learned(self.examples[i]) for i in rows))
 
     def loss(self, module: Module, micro_batch: _LanguageBatch, denominator: float) -> Tensor:
-        logprobs = module(tokens=micro_batch.tokens, positions=micro_batch.positions)
+        logprobs = module(**micro_batch.layout.inputs, positions=micro_batch.positions)
         return lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
 
-    def evaluate(self, learner: Learner, budget: int) -> float:
+    def evaluate(self, learner: Learner, cutting: Cutting) -> float:
         """Mean loss per learned token over all examples, shared out over the ranks."""
         rows = range(learner.rank, len(self.examples), learner.world_size)
-        cuts = self.cut(rows, budget, learner.device)
         sums = learner.infer(
-            lambda module, m: float(module(tokens=m.tokens, positions=m.positions).double().sum()),
-            cuts,
+            lambda module, m: float(module(**m.layout.inputs, positions=m.positions).double().sum()),
+            self.cut(rows, cutting, learner.device),
             self.dummy(learner.device),
         )
         total = torch.tensor([-sum(sums), self.denominator(rows)], dtype=torch.float64, device=learner.device)
         loss, count = (float(x) for x in all_reduce_sum(total))
         return loss / count
 
-    def _collate(self, examples: Sequence[LMExample], device: torch.device) -> _LanguageBatch:
-        tokens = torch.from_numpy(pad_rows([e.tokens for e in examples], 0, np.int64))
-        width = tokens.shape[1]
-        positions = [
-            torch.arange(row * width + _first_learned(e), row * width + len(e.tokens)) for row, e in enumerate(examples)
-        ]
-        return _LanguageBatch(tokens.to(device), torch.cat(positions).to(device))
+
+def _language_batches(examples: Sequence[LMExample], cutting: Cutting, device: torch.device) -> list[_LanguageBatch]:
+    batches = []
+    for layout in lay_out([[e.tokens] for e in examples], cutting, device):
+        mine = [examples[i] for i in layout.units]
+        positions = spans(layout.starts, [_first_learned(e) for e in mine], [len(e.tokens) for e in mine])
+        batches.append(_LanguageBatch(layout, positions))
+    return batches
 
 
 def _first_learned(example: LMExample) -> int:
@@ -167,10 +167,9 @@ def _first_learned(example: LMExample) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _RankingBatch:
-    tokens: Tensor
-    """int64 [N, T]: all responses of some prompts"""
+    layout: Layout
     last_positions: Tensor
-    """int64 [N]"""
+    """int64 [N]: of each response"""
     ranks: Tensor
     """int64 [N]"""
     prompts: Tensor
@@ -183,62 +182,55 @@ class RankingTask:
     def __init__(self, examples: Sequence[RankingExample]) -> None:
         self.examples = examples
         self.sizes = [sum(len(r) for r in e.responses) for e in examples]
-        self._padded = [len(e.responses) * max(len(r) for r in e.responses) for e in examples]
 
-    def cut(self, rows: Sequence[int], budget: int, device: torch.device) -> list[_RankingBatch]:
-        cuts: list[list[int]] = []
-        # Like micro_batches, but a prompt's responses stay together.
-        widths = {i: max(len(r) for r in self.examples[i].responses) for i in rows}
-        count = 0
-        for i in sorted(rows, key=lambda i: (widths[i], i)):
-            responses = len(self.examples[i].responses)
-            if not cuts or (count + responses) * widths[i] > budget:
-                cuts.append([])
-                count = 0
-            cuts[-1].append(i)
-            count += responses
-        return [self._collate([self.examples[i] for i in cut], device) for cut in cuts]
+    def cut(self, rows: Sequence[int], cutting: Cutting, device: torch.device) -> list[_RankingBatch]:
+        examples = [self.examples[i] for i in rows]
+        layouts = lay_out([e.responses for e in examples], cutting, device)
+        return [_ranking_batch([examples[i] for i in layout.units], layout) for layout in layouts]
 
     def dummy(self, device: torch.device) -> _RankingBatch:
-        return self._collate([self.examples[int(np.argmin(self._padded))]], device)
+        smallest = int(np.argmin(self.sizes))
+        return self.cut([smallest], Cutting(self.sizes[smallest]), device)[0]
 
     def denominator(self, rows: Sequence[int]) -> float:
         """Prompts that have at least one pair that is not a tie."""
         return float(sum(len(set(self.examples[i].ranks)) > 1 for i in rows))
 
     def loss(self, module: Module, micro_batch: _RankingBatch, denominator: float) -> Tensor:
-        scores = module(tokens=micro_batch.tokens, positions=micro_batch.last_positions)
+        scores = module(**micro_batch.layout.inputs, positions=micro_batch.last_positions)
         return ranking_loss(scores, micro_batch.ranks, micro_batch.prompts, denominator)
 
-    def scores(self, learner: Learner, budget: int) -> list[list[float]]:
+    def scores(self, learner: Learner, cutting: Cutting) -> list[list[float]]:
         """The score of every response, by example; all ranks get all of them."""
         flat = [response for e in self.examples for response in e.responses]
-        scored = iter(score_sequences(learner, flat, budget))
+        scored = iter(score_sequences(learner, flat, cutting))
         return [[next(scored) for _ in e.responses] for e in self.examples]
 
-    def _collate(self, examples: Sequence[RankingExample], device: torch.device) -> _RankingBatch:
-        responses = [response for e in examples for response in e.responses]
-        tokens, last = _last_positions(responses, device)
-        ranks = torch.tensor([rank for e in examples for rank in e.ranks], device=device)
-        prompts = torch.tensor([i for i, e in enumerate(examples) for _ in e.responses], device=device)
-        return _RankingBatch(tokens, last, ranks, prompts)
+
+def _ranking_batch(examples: Sequence[RankingExample], layout: Layout) -> _RankingBatch:
+    device = layout.tokens.device
+    ranks = torch.tensor([rank for e in examples for rank in e.ranks], device=device)
+    prompts = torch.tensor([i for i, e in enumerate(examples) for _ in e.responses], device=device)
+    return _RankingBatch(layout, _last(layout, [r for e in examples for r in e.responses]), ranks, prompts)
 
 
-def score_sequences(learner: Learner, sequences: Sequence[np.ndarray], budget: int) -> list[float]:
+def score_sequences(learner: Learner, sequences: Sequence[np.ndarray], cutting: Cutting) -> list[float]:
     """A scalar model's output at the last token of each sequence; shared out over the ranks, returned on all."""
-    rows = list(range(learner.rank, len(sequences), learner.world_size))
-    cuts = [[rows[i] for i in cut] for cut in micro_batches([len(sequences[i]) for i in rows], budget)]
-    batches = [_last_positions([sequences[i] for i in cut], learner.device) for cut in cuts]
-    dummy = _last_positions([min(sequences, key=len)], learner.device)
-    results = learner.infer(lambda module, m: module(tokens=m[0], positions=m[1]).double(), batches, dummy)
+    rows = range(learner.rank, len(sequences), learner.world_size)
+    layouts = lay_out([[sequences[i]] for i in rows], cutting, learner.device)
+    shortest = min(sequences, key=len)
+    dummy = lay_out([[shortest]], Cutting(len(shortest)), learner.device)[0]
+
+    def forward(module: Module, layout: Layout) -> Tensor:
+        last = _last(layout, [sequences[rows[i]] for i in layout.units])
+        return module(**layout.inputs, positions=last).double()
+
     scores = torch.zeros(len(sequences), dtype=torch.float64, device=learner.device)
-    for cut, result in zip(cuts, results, strict=True):
-        scores[torch.tensor(cut)] = result
+    for layout, result in zip(layouts, learner.infer(forward, layouts, dummy), strict=True):
+        scores[[rows[i] for i in layout.units]] = result
     return [float(x) for x in all_reduce_sum(scores).tolist()]
 
 
-def _last_positions(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Padded tokens [B, T] and the flat index [B] of each row's last token."""
-    tokens = torch.from_numpy(pad_rows(sequences, 0, np.int64))
-    last = torch.tensor([row * tokens.shape[1] + len(s) - 1 for row, s in enumerate(sequences)])
-    return tokens.to(device), last.to(device)
+def _last(layout: Layout, sequences: Sequence[np.ndarray]) -> Tensor:
+    """int64 [S]: flat index of each sequence's last token."""
+    return layout.starts + torch.tensor([len(s) - 1 for s in sequences], device=layout.starts.device)

@@ -2,7 +2,8 @@
 
 Shape legend: B sequences, T tokens of the longest one, R response positions, V vocabulary, D hidden size.
 Rows are padded on the right. Under a causal mask a token never sees what comes after it, so right padding needs no
-attention mask and position ids follow the tokens by themselves.
+attention mask and position ids follow the tokens by themselves. Rows that hold several sequences come with position
+ids that start anew at each, from which transformers makes a mask that keeps the sequences apart (`check_packing`).
 """
 
 from __future__ import annotations
@@ -48,18 +49,21 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, tokens: Tensor, positions: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probs of chosen tokens given what precedes them.
+    def forward(
+        self, tokens: Tensor, positions: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Log-probs of chosen tokens given what precedes them in their sequence.
 
         Args:
             tokens: int64 [B, T], right-padded.
-            positions: int64 [N], flat indices into [B, T] of the tokens asked for; none may be a row's first.
+            positions: int64 [N], flat indices into [B, T] of the tokens asked for; none may be a sequence's first.
             temperature: logits are divided by it.
+            position_ids: int64 [B, T], from 0 in each sequence; None where each row holds one.
 
         Returns:
             float32 [N]: log softmax(logits / temperature) at those tokens.
         """
-        hidden = self.lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = _hidden(self.lm, tokens, position_ids)
         # The token at position p is predicted by the hidden state at p - 1.
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions - 1]
         logits = self.lm.get_output_embeddings()(chosen)
@@ -81,9 +85,9 @@ class ScalarModel(nn.Module):
         bias, scale = getattr(classifier.config, NORMALISATION_KEY, (0.0, 1.0))
         self.bias, self.scale = float(bias), float(scale)
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """float32 [N]: the normalised head output at flat positions [N] of tokens [B, T] (right-padded)."""
-        hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    def forward(self, tokens: Tensor, positions: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """float32 [N]: the normalised head output at flat positions [N]; arguments as `PolicyModel.forward`."""
+        hidden = _hidden(self.classifier, tokens, position_ids)
         raw: Tensor = self.classifier.score(hidden.reshape(-1, hidden.shape[-1])[positions]).squeeze(-1).float()
         return (raw - self.bias) / self.scale
 
@@ -91,6 +95,14 @@ class ScalarModel(nn.Module):
         """From now on a raw output x counts as (x - bias) / scale; kept in the model's own config.json."""
         self.bias, self.scale = bias, scale
         setattr(self.classifier.config, NORMALISATION_KEY, (bias, scale))
+
+
+def _hidden(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The backbone's last hidden states [B, T, D]."""
+    # Left out rather than None: some architectures have no such argument.
+    given = {} if position_ids is None else {"position_ids": position_ids}
+    output: Tensor = model.base_model(input_ids=tokens, use_cache=False, **given).last_hidden_state
+    return output
 
 
 def from_scratch(spec: FromScratch, vocab_size: int, eos: int, pad: int, seed: int) -> PolicyModel:

@@ -54,6 +54,7 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     import torch
 
     from rayrlhf.engines.deepspeed import Learner
+    from rayrlhf.engines.scoring import check_packing
     from rayrlhf.engines.supervised import LanguageTask, train
     from rayrlhf.models.build import from_scratch, load_policy
 
@@ -63,6 +64,8 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     else:
         model = load_policy(job.model, job.trust_remote_code, job.extra["dropout"])
     learner = Learner(model, job.learner)
+    if job.train.cutting.packed:
+        check_packing(learner, job.learner.dtype)
     torch.manual_seed(job.seed + 1 + learner.rank)  # each rank draws its own dropout
     log = worker_log(job, learner.rank)
     examples, heldout = fetch(job)
@@ -70,12 +73,12 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     held = LanguageTask(heldout) if heldout else None
     if held:
         log({"phase": "evaluating"})
-        result["heldout_loss_before"] = held.evaluate(learner, job.train.micro_batch_tokens)
+        result["heldout_loss_before"] = held.evaluate(learner, job.train.cutting)
     log({"phase": "training"})
     result |= {f"train_{k}": v for k, v in train(learner, LanguageTask(examples), job.train, log).items()}
     if held:
         log({"phase": "evaluating"})
-        result["heldout_loss"] = held.evaluate(learner, job.train.micro_batch_tokens)
+        result["heldout_loss"] = held.evaluate(learner, job.train.cutting)
     log({"phase": "saving"})
     learner.save_pretrained(model.lm, Path(job.workspace) / "model")
     return result

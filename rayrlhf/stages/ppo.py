@@ -19,6 +19,7 @@ from rayrlhf.actors.placement import plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, memory_per_role
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
+from rayrlhf.data.batching import Cutting
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.engines.deepspeed import LearnerSettings
@@ -193,20 +194,21 @@ class _Run:
     def _model_settings(self, role: str) -> ModelSettings:
         config, ppo = self.config, self.config.ppo
         frozen = role in ("reference", "reward")
+        cutting = Cutting(ppo.micro_batch_tokens, config.model.packed)
         return ModelSettings(
             # The value model starts from the reward model, its head included (Ouyang et al. 2022, appendix C.4).
             path=self.parents["sft" if role in ("policy", "reference") else "reward"],
             dtype=config.model.dtype,
             device=config.cluster.device,
             trust_remote_code=config.model.trust_remote_code,
-            micro_batch_tokens=ppo.micro_batch_tokens,
+            cutting=cutting,
             zero_stage=ppo.frozen_zero_stage if frozen else ppo.zero_stage,
             temperature=config.rollout.temperature,
             learner=None if frozen else self._learner(role),
             estimate=EstimateSettings(ppo.kl.kind, ppo.gamma, ppo.lam),
             update=UpdateSettings(
                 clip=ppo.clip if role == "policy" else ppo.value_clip,
-                micro_batch_tokens=ppo.micro_batch_tokens,
+                cutting=cutting,
                 temperature=config.rollout.temperature,
                 first_log_ratio_max=FIRST_LOG_RATIO_MAX[config.model.dtype],
                 first_log_ratio_mean=FIRST_LOG_RATIO_MEAN[config.model.dtype],

@@ -71,26 +71,29 @@ def _win(better: float, worse: float) -> float:
 def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, normalise, measure held-out accuracy, save."""
     from rayrlhf.engines.deepspeed import Learner
+    from rayrlhf.engines.scoring import check_packing
     from rayrlhf.engines.supervised import RankingTask, score_sequences, train
     from rayrlhf.models.build import new_scalar
 
     assert job.model is not None
     model = new_scalar(job.model, job.trust_remote_code, job.seed)
     learner = Learner(model, job.learner)
+    if job.train.cutting.packed:
+        check_packing(learner, job.learner.dtype)
     log = worker_log(job, learner.rank)
     examples, heldout, demonstrations = fetch(job)
-    budget = job.train.micro_batch_tokens
+    cutting = job.train.cutting
     log({"phase": "training"})
     trained = train(learner, RankingTask(examples), job.train, log)
     result: dict[str, Any] = {"examples": len(examples)} | {f"train_{k}": v for k, v in trained.items()}
     log({"phase": "evaluating"})
     if demonstrations:
-        scores = score_sequences(learner, demonstrations, budget)
+        scores = score_sequences(learner, demonstrations, cutting)
         model.normalise(sum(scores) / len(scores), 1.0)
         result["normalisation"] = {"bias": model.bias, "scale": model.scale, "demonstrations": len(scores)}
     if heldout:
         task = RankingTask(heldout)
-        result["accuracy"] = pair_accuracy(heldout, task.scores(learner, budget))
+        result["accuracy"] = pair_accuracy(heldout, task.scores(learner, cutting))
     log({"phase": "saving"})
     learner.save_pretrained(model.classifier, Path(job.workspace) / "model")
     return result

@@ -21,6 +21,7 @@ import ray
 from rayrlhf.actors.placement import plan_training
 from rayrlhf.config import Config
 from rayrlhf.config.training import Adam, SupervisedConfig
+from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.supervised import TrainSettings
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError
@@ -115,7 +116,7 @@ def train_settings(config: Config, section: SupervisedConfig) -> TrainSettings:
         epochs=section.epochs,
         warmup_ratio=section.warmup_ratio,
         final_lr_ratio=section.final_lr_ratio,
-        micro_batch_tokens=section.micro_batch_tokens,
+        cutting=Cutting(section.micro_batch_tokens, config.model.packed),
         log_every=section.log_every,
         seed=config.run.seed,
         max_steps=getattr(section, "max_steps", None),

@@ -1,8 +1,8 @@
 """The DeepSpeed learners against `rayrlhf.reference`: scores, experience, losses, gradients, weights after a step.
 
-One single process and one pair of processes run every case in turn, no Ray: ZeRO stages 1, 2 and 3, three
-micro-batch budgets, Llama and GPT-2, tied and untied heads. The reference runs in float64 on the same weights and
-the learners in float32, so a gap is the product's rounding and no more.
+One single process and one pair of processes run every case in turn, no Ray: ZeRO stages 0 to 3, three micro-batch
+budgets, padded and packed, Llama and GPT-2, tied and untied heads. The reference runs in float64 on the same weights
+and the learners in float32, so a gap is the product's rounding and no more.
 
 Gradients come from DeepSpeed's public `safe_get_full_grad`, read between the last backward pass and the optimizer's
 step, in every stage. Weights are compared after an AdamW step, which makes much of a tiny gap, and after an SGD step,
@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rayrlhf import reference
 from rayrlhf.config.model import FromScratch
+from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.models.build import PolicyModel, ScalarModel, from_scratch
 from rayrlhf.types import Experience, Rollout, RolloutInfo, Scores
@@ -45,7 +46,15 @@ NO_GRADIENT = {("reward", "gpt2"): "transformer.ln_f.bias"}
 NORMALISATION = (0.3, 1.7)
 KL_COEF, GAMMA, LAM = 0.1, 0.99, 0.95
 STAGES = [0, 1, 2, 3]
-BUDGETS = {16: "adamw", 64: "sgd", 4096: "adamw"}  # one row at a time, a few, all at once
+# One row at a time, a few, all at once; and the optimizer that steps. Padded rows, then packed ones.
+BUDGETS = {
+    (16, False): "adamw",
+    (64, False): "sgd",
+    (4096, False): "adamw",
+    (16, True): "sgd",
+    (64, True): "adamw",
+    (4096, True): "sgd",
+}
 ARCHITECTURES = ["llama", "gpt2"]
 HEADS = {"tied": True, "untied": False}
 
@@ -241,7 +250,7 @@ def deal(rows: list[int], sizes: list[int], world: int, uneven: bool) -> list[li
     return [[rows[i] for i in share] for share in balance([sizes[i] for i in rows], world)]
 
 
-def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: int) -> tuple[float, float]:
+def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: tuple[int, bool]) -> tuple[float, float]:
     """One optimizer step of the product; (loss, gradient norm)."""
     from rayrlhf.engines.learning import UpdateSettings, update_policy, update_value
     from rayrlhf.engines.supervised import LanguageTask, RankingTask, TrainSettings, train
@@ -250,9 +259,9 @@ def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: int
     if task in ("policy", "value"):
         data = experiences(architecture, tied)
         sizes = [e.rollout.info.tokens for e in data]
-        mine = deal(list(range(len(data))), sizes, learner.world_size, budget == 64)[learner.rank]
+        mine = deal(list(range(len(data))), sizes, learner.world_size, budget[0] == 64)[learner.rank]
         update = update_policy if task == "policy" else update_value
-        report = update(learner, data, [mine], data[0], UpdateSettings(CLIP, budget, TEMPERATURE), rate)
+        report = update(learner, data, [mine], data[0], UpdateSettings(CLIP, Cutting(*budget), TEMPERATURE), rate)
         return report[f"{task}/loss"], report[f"{task}/grad_norm"]
     supervised: Any = LanguageTask(demonstrations()) if task == "sft" else RankingTask(rankings())
     settings = TrainSettings(
@@ -261,7 +270,7 @@ def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: int
         epochs=1,
         warmup_ratio=0.0,
         final_lr_ratio=0.1,
-        micro_batch_tokens=budget,
+        cutting=Cutting(*budget),
         log_every=1,
         seed=0,
     )
@@ -309,11 +318,11 @@ def estimates(architecture: str, stage: int, rank: int, world: int) -> list[tupl
     shares = deal(list(range(len(data))), [r.info.tokens for r in data], world, stage == 1)
     mine, spare = [data[i] for i in shares[rank]], data[0]
     scores = Scores()
-    scores.merge(score_logprobs(new_learner(policy(architecture, True), stage), mine, spare, 64, TEMPERATURE))
-    sft = score_logprobs(frozen(policy(architecture, True, seed=4)), mine, spare, 64, TEMPERATURE)
+    scores.merge(score_logprobs(new_learner(policy(architecture, True), stage), mine, spare, Cutting(64), TEMPERATURE))
+    sft = score_logprobs(frozen(policy(architecture, True, seed=4)), mine, spare, Cutting(64), TEMPERATURE)
     scores.merge(Scores(reference_logprobs=sft.logprobs))
-    scores.merge(score_values(new_learner(value_model(architecture), stage), mine, spare, 64))
-    scores.merge(score_rewards(frozen(reward), mine, spare, 64))
+    scores.merge(score_values(new_learner(value_model(architecture), stage), mine, spare, Cutting(64)))
+    scores.merge(score_rewards(frozen(reward), mine, spare, Cutting(64)))
     settings = EstimateSettings("k1", GAMMA, LAM)
     made, _ = estimate(mine, scores, settings, KL_COEF, torch.device("cpu"))
     return [

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayrlhf.data.batching import balance, epoch_order, micro_batches, pad_rows
+from rayrlhf.data.batching import Cutting, balance, epoch_order, micro_batches, pad_rows
 
 LENGTHS = st.lists(st.integers(0, 500), max_size=60)
 
@@ -35,37 +35,71 @@ def test_balance_gives_every_index_once_and_near_equal_sums(lengths, ranks):
     assert balance(lengths, ranks) == shares
 
 
-def test_micro_batches_hold_rows_of_like_length():
-    assert micro_batches([2, 9, 3, 8, 3], budget=18) == [[1, 3], [2, 4, 0]]
+def singles(lengths: list[int]) -> list[list[int]]:
+    return [[length] for length in lengths]
 
 
-def test_a_row_over_the_budget_is_alone():
-    assert micro_batches([4, 30, 4], budget=10) == [[1], [0, 2]]
+def padded(lengths: list[int], tokens: int) -> list[list[int]]:
+    return [cut.units for cut in micro_batches(singles(lengths), Cutting(tokens, packed=False))]
+
+
+def test_padded_micro_batches_hold_rows_of_like_length():
+    assert padded([2, 9, 3, 8, 3], 18) == [[1, 3], [2, 4, 0]]
+
+
+def test_packed_rows_are_filled_from_the_longest_down():
+    # rows of 9: 9 | 8 | 4 3 2, then 3 finds no room and opens a fourth
+    (cut,) = micro_batches(singles([2, 9, 3, 8, 4, 3]), Cutting(36))
+    assert cut.width == 9
+    assert cut.rows == [[(1, 0)], [(3, 0)], [(4, 0), (2, 0), (0, 0)], [(5, 0)]]
+    first, second = micro_batches(singles([2, 9, 3, 8, 4, 3]), Cutting(35))
+    assert (first.units, second.units) == ([1, 3, 4, 2], [5, 0])
+    assert second.rows == [[(5, 0)], [(0, 0)]]  # rows of 3 now: 3 | 2
+
+
+def test_the_sequences_of_a_unit_stay_together():
+    # unit 0 takes three rows of 5 and fills the limit of 15; packed its two short ones share a row
+    units = [[5, 2, 3], [4, 1]]
+    assert [c.units for c in micro_batches(units, Cutting(15, packed=False))] == [[0], [1]]
+    (cut,) = micro_batches(units, Cutting(15))
+    assert cut.rows == [[(0, 0)], [(0, 1), (0, 2)], [(1, 0), (1, 1)]]
+
+
+def test_a_row_over_the_limit_is_alone():
+    assert padded([4, 30, 4], 10) == [[1], [0, 2]]
+    assert [c.units for c in micro_batches(singles([4, 30, 4]), Cutting(10))] == [[1], [0, 2]]
 
 
 def test_no_rows_make_no_micro_batches():
-    assert micro_batches([], 10) == []
+    assert micro_batches([], Cutting(10)) == []
+
+
+UNITS = st.lists(st.lists(st.integers(1, 90), min_size=1, max_size=4), max_size=30)
+
+
+@given(UNITS, st.integers(1, 700), st.booleans())
+def test_micro_batches_hold_every_sequence_once_within_the_limit(units, tokens, packed):
+    cuts = micro_batches(units, Cutting(tokens, packed))
+    assert sorted(unit for cut in cuts for unit in cut.units) == list(range(len(units)))
+    placed = sorted(place for cut in cuts for row in cut.rows for place in row)
+    assert placed == [(u, s) for u, unit in enumerate(units) for s in range(len(unit))]
+    for cut in cuts:
+        assert {unit for row in cut.rows for unit, _ in row} == set(cut.units)
+        assert all(row for row in cut.rows)
+        assert all(sum(units[u][s] for u, s in row) <= cut.width for row in cut.rows)
+        assert len(cut.units) == 1 or len(cut.rows) * cut.width <= tokens
+        assert packed or all(len(row) == 1 for row in cut.rows)
+    assert micro_batches(units, Cutting(tokens, packed)) == cuts
 
 
 @given(LENGTHS, st.integers(1, 700))
-def test_micro_batches_hold_every_index_once_within_the_budget(lengths, budget):
-    groups = micro_batches(lengths, budget)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        assert group
-        assert len(group) == 1 or len(group) * max(lengths[index] for index in group) <= budget
-    assert micro_batches(lengths, budget) == groups
-
-
-@given(LENGTHS, st.integers(1, 700))
-def test_two_neighbouring_micro_batches_never_fit_in_one(lengths, budget):
-    groups = micro_batches(lengths, budget)
-    for left, right in pairwise(groups):
-        assert (len(left) + 1) * lengths[left[0]] > budget
+def test_two_neighbouring_padded_micro_batches_never_fit_in_one(lengths, tokens):
+    for left, right in pairwise(padded(lengths, tokens)):
+        assert (len(left) + 1) * lengths[left[0]] > tokens
         assert lengths[left[-1]] >= lengths[right[0]]
 
 
-@pytest.mark.parametrize("call", [lambda: balance([1], 0), lambda: micro_batches([1], 0)])
+@pytest.mark.parametrize("call", [lambda: balance([1], 0), lambda: micro_batches([[1]], Cutting(0))])
 def test_less_than_one_rank_or_token_is_refused(call):
     with pytest.raises(ValueError, match="expected 1 or more"):
         call()

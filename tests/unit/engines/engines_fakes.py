@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rayrlhf.engines import distributed, learning, supervised
+from rayrlhf.engines.batches import spans
 from rayrlhf.models.build import PolicyModel, ScalarModel
 from rayrlhf.types import Experience, Rollout, RolloutInfo
 
@@ -73,11 +74,12 @@ class PlainEngine:
     def _junk(self, batch: Any) -> Any:
         if self.pad_with is None:
             return batch
-        tokens = batch.tokens.clone()
-        for row, rollout in enumerate(batch.rollouts):
-            pad = tokens[row, rollout.info.tokens :]
-            pad.copy_(torch.randint(VOCAB, pad.shape, generator=torch.Generator().manual_seed(self.pad_with)))
-        return replace(batch, tokens=tokens)
+        tokens = torch.randint(
+            VOCAB, batch.layout.tokens.shape, generator=torch.Generator().manual_seed(self.pad_with)
+        ).reshape(-1)
+        own = spans(batch.layout.starts, [0] * len(batch.rollouts), [r.info.tokens for r in batch.rollouts])
+        tokens[own] = batch.layout.tokens.reshape(-1)[own]
+        return replace(batch, layout=replace(batch.layout, tokens=tokens.reshape(batch.layout.tokens.shape)))
 
 
 class Ranks:

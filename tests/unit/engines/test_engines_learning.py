@@ -7,6 +7,7 @@ import pytest
 import torch
 from engines_fakes import CPU, SHAPES, PlainEngine, Ranks, experiences, rollout, rollouts, tiny_policy, tiny_scalar
 
+from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.learning import EstimateSettings, UpdateSettings, estimate, update_policy, update_value
 from rayrlhf.engines.scoring import score_logprobs
 from rayrlhf.errors import TrainingError
@@ -190,7 +191,7 @@ def single(old: list[float], advantages: list[float], prompt: int = 2) -> Experi
     return Experience(r, other, np.array(advantages, np.float32), returns=other * 0 + 1, old_values=other * 0)
 
 
-SETTINGS = UpdateSettings(clip=0.2, micro_batch_tokens=100, temperature=0.7, first_log_ratio_max=1e-4)
+SETTINGS = UpdateSettings(clip=0.2, cutting=Cutting(100, packed=False), temperature=0.7, first_log_ratio_max=1e-4)
 
 
 def test_a_first_minibatch_at_ratio_1_passes():
@@ -229,7 +230,7 @@ def test_later_minibatches_may_move_away_from_ratio_1():
 
 def test_without_a_limit_any_ratio_passes():
     e = single([-1.0], [1.0])
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=100)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(100, packed=False))
     metrics = update_policy(PlainEngine(Table([-9.0])), [e], [[0]], e, settings, 1e-3)
     assert metrics["policy/ratio_mean"] == pytest.approx(math.exp(-8.0))
 
@@ -261,7 +262,7 @@ def test_policy_metrics_are_means_over_minibatches():
 def test_values_are_learned_where_they_are_read_and_clipped():
     e = single([0.0, 0.0], [0.0, 0.0])  # old values 0, returns 1
     table = Table([0.1, 0.5])
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=100)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(100, packed=False))
     metrics = update_value(PlainEngine(table), [e], [[0]], e, settings, 1e-3)
     # half the mean of 0.9^2 and max(0.5^2, 0.8^2)
     assert metrics == pytest.approx(
@@ -286,9 +287,9 @@ def test_loss_and_gradients_are_those_of_the_whole_for_any_cut(update, build):
     module, batch = build(), experiences()
     rows = [list(range(len(batch)))]
     results = {}
-    for budget in (10_000, 30, 1):
+    for tokens, packed in ((10_000, False), (30, False), (1, False), (10_000, True), (30, True)):
         engine = PlainEngine(module)
-        settings = UpdateSettings(clip=0.2, micro_batch_tokens=budget)
+        settings = UpdateSettings(clip=0.2, cutting=Cutting(tokens, packed))
         metrics = update(engine, batch, rows, batch[0], settings, 1e-3)
         results[engine.cuts[0]] = metrics, gradients(module)
     assert min(results) == 1
@@ -302,28 +303,30 @@ def test_loss_and_gradients_are_those_of_the_whole_for_any_cut(update, build):
 
 def test_the_loss_of_a_minibatch_is_the_token_mean_over_all_its_responses():
     module, batch = tiny_policy(), experiences()
-    scored = score_logprobs(PlainEngine(module), [e.rollout for e in batch], batch[0].rollout, 100, 0.7).logprobs
+    scored = score_logprobs(
+        PlainEngine(module), [e.rollout for e in batch], batch[0].rollout, Cutting(100), 0.7
+    ).logprobs
     losses = []
     for e in batch:
         for new, old, a in zip(scored[e.rollout.info.sample_id], e.old_logprobs, e.advantages, strict=True):
             ratio = math.exp(float(new) - float(old))
             losses.append(-min(ratio * a, min(max(ratio, 0.8), 1.2) * a))
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=40, temperature=0.7)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(40, packed=False), temperature=0.7)
     metrics = update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], settings, 1e-3)
     assert metrics["policy/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 def test_scoring_then_learning_sees_ratio_1_at_any_two_budgets():
     module, fresh = tiny_policy(), rollouts(SHAPES)
-    old = score_logprobs(PlainEngine(module), fresh, fresh[0], 25, 0.7).logprobs
+    old = score_logprobs(PlainEngine(module), fresh, fresh[0], Cutting(25), 0.7).logprobs
     batch = [
         Experience(e.rollout, old[e.rollout.info.sample_id], e.advantages, e.returns, e.old_values)
         for e in experiences()
     ]
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=0.7, first_log_ratio_max=1e-4)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=0.7, first_log_ratio_max=1e-4)
     metrics = update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], settings, 1e-3)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    off = UpdateSettings(clip=0.2, micro_batch_tokens=60, temperature=1.0, first_log_ratio_max=1e-4)
+    off = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=1.0, first_log_ratio_max=1e-4)
     with pytest.raises(TrainingError, match="first minibatch"):
         update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], off, 1e-3)
 
@@ -332,7 +335,7 @@ def test_scoring_then_learning_sees_ratio_1_at_any_two_budgets():
 @pytest.mark.parametrize("shares", [[range(3), range(3, 7)], [range(7), range(0)], [[6, 0], [3], [5, 1, 2, 4]]])
 def test_metrics_and_gradients_do_not_depend_on_how_ranks_share_a_minibatch(monkeypatch, update, build, shares):
     module, batch = build(), experiences()
-    settings = UpdateSettings(clip=0.2, micro_batch_tokens=30, temperature=0.7)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(30, packed=False), temperature=0.7)
     whole = update(PlainEngine(module), batch, [list(range(7))], batch[0], settings, 1e-3)
     expected = gradients(module)
     ranks = Ranks(len(shares), monkeypatch)

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from engines_fakes import SHAPES, PlainEngine, rollout, rollouts, tiny_policy, tiny_scalar
+from torch import nn
 
-from rayrlhf.engines.scoring import probe_logprobs, score_logprobs, score_rewards, score_values
+from rayrlhf.data.batching import Cutting
+from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
+from rayrlhf.errors import ModelError
 
-BUDGETS = [1, 30, 10_000]
+CUTTINGS = [Cutting(tokens, packed) for tokens in (1, 30, 10_000) for packed in (False, True)]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +41,11 @@ def outputs_alone(scalar, rollout) -> np.ndarray:
     return hidden @ scalar.classifier.score.weight[0].double().numpy()
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("cutting", CUTTINGS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_each_sequence_alone(policy, temperature, budget):
+def test_logprobs_are_those_of_each_sequence_alone(policy, temperature, cutting):
     batch = rollouts(SHAPES)
-    scores = score_logprobs(PlainEngine(policy), batch, batch[0], budget, temperature)
+    scores = score_logprobs(PlainEngine(policy), batch, batch[0], cutting, temperature)
     assert set(scores.logprobs) == {r.info.sample_id for r in batch}
     for r in batch:
         got = scores.logprobs[r.info.sample_id]
@@ -57,19 +60,19 @@ def test_the_temperature_matters(policy):
     assert np.abs(logprobs_alone(policy, r, 1.0) - logprobs_alone(policy, r, 0.7)).max() > 0.05
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_values_are_read_one_position_before_each_response_token(scalar, budget):
+@pytest.mark.parametrize("cutting", CUTTINGS, ids=str)
+def test_values_are_read_one_position_before_each_response_token(scalar, cutting):
     batch = rollouts(SHAPES)
-    scores = score_values(PlainEngine(scalar), batch, batch[0], budget)
+    scores = score_values(PlainEngine(scalar), batch, batch[0], cutting)
     for r in batch:
         expected = outputs_alone(scalar, r)[r.prompt_tokens - 1 : r.info.tokens - 1]
         np.testing.assert_allclose(scores.values[r.info.sample_id], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_a_reward_is_read_at_the_last_token_only(scalar, budget):
+@pytest.mark.parametrize("cutting", CUTTINGS, ids=str)
+def test_a_reward_is_read_at_the_last_token_only(scalar, cutting):
     batch = rollouts(SHAPES)
-    scores = score_rewards(PlainEngine(scalar), batch, batch[0], budget)
+    scores = score_rewards(PlainEngine(scalar), batch, batch[0], cutting)
     assert set(scores.rewards) == {r.info.sample_id for r in batch}
     for r in batch:
         assert scores.rewards[r.info.sample_id] == pytest.approx(outputs_alone(scalar, r)[-1], abs=1e-5)
@@ -81,9 +84,9 @@ def test_rewards_and_values_are_in_normalised_units(scalar):
     raw = outputs_alone(scalar, r)
     model = tiny_scalar()
     model.normalise(bias=0.25, scale=2.0)
-    reward = score_rewards(PlainEngine(model), [r], r, 100).rewards[1]
+    reward = score_rewards(PlainEngine(model), [r], r, Cutting(100)).rewards[1]
     assert reward == pytest.approx((raw[-1] - 0.25) / 2, abs=1e-5)
-    values = score_values(PlainEngine(model), [r], r, 100).values[1]
+    values = score_values(PlainEngine(model), [r], r, Cutting(100)).values[1]
     np.testing.assert_allclose(values, (raw[2:6] - 0.25) / 2, atol=1e-5)
 
 
@@ -91,13 +94,13 @@ def test_rewards_and_values_are_in_normalised_units(scalar):
 def test_what_the_padding_holds_changes_nothing(policy, scalar, seed):
     batch = rollouts(SHAPES)
     clean, junk = PlainEngine(scalar), PlainEngine(scalar, pad_with=seed)
-    assert score_rewards(junk, batch, batch[0], 10_000).rewards == pytest.approx(
-        score_rewards(clean, batch, batch[0], 10_000).rewards, abs=1e-6
+    assert score_rewards(junk, batch, batch[0], Cutting(10_000, packed=False)).rewards == pytest.approx(
+        score_rewards(clean, batch, batch[0], Cutting(10_000, packed=False)).rewards, abs=1e-6
     )
     pairs = [
-        (score_values(e, batch, batch[0], 10_000).values for e in (clean, junk)),
+        (score_values(e, batch, batch[0], Cutting(10_000, packed=False)).values for e in (clean, junk)),
         (
-            score_logprobs(e, batch, batch[0], 10_000, 0.7).logprobs
+            score_logprobs(e, batch, batch[0], Cutting(10_000, packed=False), 0.7).logprobs
             for e in (PlainEngine(policy), PlainEngine(policy, pad_with=seed))
         ),
     ]
@@ -108,9 +111,9 @@ def test_what_the_padding_holds_changes_nothing(policy, scalar, seed):
 
 def test_a_rank_without_a_share_scores_nothing(policy, scalar):
     spare = rollout(1, 2, 2)
-    assert score_logprobs(PlainEngine(policy), [], spare, 10, 1.0).logprobs == {}
-    assert score_values(PlainEngine(scalar), [], spare, 10).values == {}
-    assert score_rewards(PlainEngine(scalar), [], spare, 10).rewards == {}
+    assert score_logprobs(PlainEngine(policy), [], spare, Cutting(10), 1.0).logprobs == {}
+    assert score_values(PlainEngine(scalar), [], spare, Cutting(10)).values == {}
+    assert score_rewards(PlainEngine(scalar), [], spare, Cutting(10)).rewards == {}
 
 
 def test_the_probe_reads_every_token_after_the_first_at_temperature_1(policy):
@@ -121,3 +124,19 @@ def test_the_probe_reads_every_token_after_the_first_at_temperature_1(policy):
             table = policy.lm(torch.tensor([row])).logits[0].double().log_softmax(-1)
         expected += [float(table[t - 1, row[t]]) for t in range(1, 4)]
     assert probe_logprobs(PlainEngine(policy), rows) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_architecture_that_keeps_sequences_apart_passes_the_packing_check(policy, scalar):
+    check_packing(PlainEngine(policy), "float32")
+    check_packing(PlainEngine(scalar), "float32")
+
+
+def test_an_architecture_that_lets_sequences_see_each_other_is_refused(policy):
+    class Deaf(nn.Module):
+        """Ignores the position ids, and with them where a sequence begins."""
+
+        def forward(self, tokens, positions, temperature=1.0, position_ids=None):
+            return policy(tokens=tokens, positions=positions, temperature=temperature)
+
+    with pytest.raises(ModelError, match=r"(?s)share a row.*model\.packed=false"):
+        check_packing(PlainEngine(Deaf()), "float32")

@@ -11,6 +11,7 @@ from engines_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy, tiny_scal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.engines.supervised import LanguageTask, RankingTask, TrainSettings, _batches, score_sequences, train
 
@@ -45,14 +46,14 @@ RANKINGS = [
 
 def test_prompt_tokens_are_not_learned():
     task = LanguageTask([text([9, 8, 7, 6, 5], 2), text([4, 3, 2], 1)])
-    (batch,) = task.cut([0, 1], 100, CPU)
-    assert batch.tokens.tolist() == [[9, 8, 7, 6, 5], [4, 3, 2, 0, 0]]
+    (batch,) = task.cut([0, 1], Cutting(100, packed=False), CPU)
+    assert batch.layout.tokens.tolist() == [[9, 8, 7, 6, 5], [4, 3, 2, 0, 0]]
     assert batch.positions.tolist() == [2, 3, 4, 6, 7]
-    assert batch.tokens.reshape(-1)[batch.positions].tolist() == [7, 6, 5, 3, 2]
+    assert batch.layout.tokens.reshape(-1)[batch.positions].tolist() == [7, 6, 5, 3, 2]
 
 
 def test_without_a_prompt_everything_but_the_first_token_is_learned():
-    (batch,) = LanguageTask([text([9, 8, 7], 0)]).cut([0], 100, CPU)
+    (batch,) = LanguageTask([text([9, 8, 7], 0)]).cut([0], Cutting(100), CPU)
     assert batch.positions.tolist() == [1, 2]
 
 
@@ -71,10 +72,10 @@ def test_the_language_loss_is_the_mean_over_learned_tokens_in_float64():
             table = module.lm(torch.from_numpy(e.tokens).long()[None]).logits[0].double().log_softmax(-1)
         losses += [-float(table[t - 1, e.tokens[t]]) for t in range(max(1, e.prompt_tokens), len(e.tokens))]
     rows = list(range(len(examples)))
-    (batch,) = task.cut(rows, 10_000, CPU)
+    (batch,) = task.cut(rows, Cutting(10_000, packed=False), CPU)
     assert task.loss(module, batch, task.denominator(rows)).item() == pytest.approx(np.mean(losses), rel=1e-5)
-    for budget in (1, 40):
-        assert task.evaluate(PlainEngine(module), budget) == pytest.approx(np.mean(losses), rel=1e-5)
+    for cutting in (Cutting(1), Cutting(40, packed=False), Cutting(40, packed=True)):
+        assert task.evaluate(PlainEngine(module), cutting) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- ranking
@@ -82,12 +83,12 @@ def test_the_language_loss_is_the_mean_over_learned_tokens_in_float64():
 
 def test_ranking_batches_hold_last_positions_ranks_and_prompts():
     task = RankingTask(RANKINGS)
-    (batch,) = task.cut([0, 1], 100, CPU)
-    # narrowest prompt first: example 1 (5, 5), then example 0 (4, 7, 3) -> width 7
-    assert batch.tokens.shape == (5, 7)
-    assert batch.last_positions.tolist() == [4, 7 + 4, 14 + 3, 21 + 6, 28 + 2]
-    assert batch.ranks.tolist() == [2, 1, 1, 2, 3]
-    assert batch.prompts.tolist() == [0, 0, 1, 1, 1]
+    (batch,) = task.cut([0, 1], Cutting(100, packed=False), CPU)
+    # widest prompt first: example 0 (4, 7, 3) -> width 7, then example 1 (5, 5)
+    assert batch.layout.tokens.shape == (5, 7)
+    assert batch.last_positions.tolist() == [3, 7 + 6, 14 + 2, 21 + 4, 28 + 4]
+    assert batch.ranks.tolist() == [1, 2, 3, 2, 1]
+    assert batch.prompts.tolist() == [0, 0, 0, 1, 1]
 
 
 @given(
@@ -106,13 +107,13 @@ def test_the_responses_of_a_prompt_stay_together_under_any_budget(lengths, budge
     random.shuffle(rows)
     task = RankingTask(examples)
     seen = []
-    for batch in task.cut(rows, budget, CPU):
-        numbers = batch.tokens[:, 0].tolist()
+    for batch in task.cut(rows, Cutting(budget, packed=False), CPU):
+        numbers = batch.layout.tokens[:, 0].tolist()
         groups = batch.prompts.tolist()
         assert len(set(zip(numbers, groups, strict=True))) == len(set(numbers)) == len(set(groups))
         for number in set(numbers):
             assert numbers.count(number) == len(lengths[number])
-        assert batch.tokens.numel() <= budget or len(set(numbers)) == 1
+        assert batch.layout.tokens.numel() <= budget or len(set(numbers)) == 1
         seen += sorted(set(numbers))
     assert sorted(seen) == list(range(len(examples)))
 
@@ -126,7 +127,7 @@ def test_the_denominator_counts_prompts_with_a_pair_that_is_no_tie():
 
 def test_the_ranking_loss_is_the_mean_over_prompts_of_their_mean_over_pairs():
     module, task = tiny_scalar(), RankingTask(RANKINGS)
-    scores = task.scores(PlainEngine(module), 40)
+    scores = task.scores(PlainEngine(module), Cutting(40))
     prompts = []
     for e, row in zip(RANKINGS, scores, strict=True):
         pairs = [
@@ -137,20 +138,21 @@ def test_the_ranking_loss_is_the_mean_over_prompts_of_their_mean_over_pairs():
         ]
         prompts += [np.mean(pairs)] if pairs else []
     rows = list(range(len(RANKINGS)))
-    (batch,) = task.cut(rows, 10_000, CPU)
+    (batch,) = task.cut(rows, Cutting(10_000, packed=False), CPU)
     assert task.loss(module, batch, task.denominator(rows)).item() == pytest.approx(np.mean(prompts), rel=1e-5)
 
 
-@pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_sequences_are_scored_at_their_last_token_in_the_order_given(budget):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])
+def test_sequences_are_scored_at_their_last_token_in_the_order_given(tokens, packed):
     module = tiny_scalar()
     sequences = [response for e in RANKINGS for response in e.responses]
     expected = []
-    for tokens in sequences:
+    for sequence in sequences:
         with torch.no_grad():
-            hidden = module.classifier.base_model(torch.from_numpy(tokens).long()[None]).last_hidden_state[0, -1]
+            hidden = module.classifier.base_model(torch.from_numpy(sequence).long()[None]).last_hidden_state[0, -1]
         expected.append((hidden @ module.classifier.score.weight[0]).item())
-    assert score_sequences(PlainEngine(module), sequences, budget) == pytest.approx(expected, abs=1e-5)
+    assert score_sequences(PlainEngine(module), sequences, Cutting(tokens, packed)) == pytest.approx(expected, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- both, train
@@ -163,15 +165,15 @@ def test_micro_batch_losses_and_gradients_add_up_to_those_of_the_whole(task, bui
     module = build()
     rows = list(range(len(task.sizes)))
     results = {}
-    for budget in (10_000, 60, 1):
+    for cutting in (Cutting(10_000, False), Cutting(60, False), Cutting(1, False), Cutting(10_000), Cutting(60)):
         engine = PlainEngine(module)
         loss = engine.train_step(
-            lambda m, b: task.loss(m, b, task.denominator(rows)), task.cut(rows, budget, CPU), None, 0.0
+            lambda m, b: task.loss(m, b, task.denominator(rows)), task.cut(rows, cutting, CPU), None, 0.0
         )["loss"]
-        results[engine.cuts[0]] = loss, [p.grad.clone() for p in module.parameters() if p.grad is not None]
-    assert len(results) == 3
-    whole, gradients = results[1]
-    for loss, got in results.values():
+        results[cutting] = engine.cuts[0], loss, [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    assert len({cuts for cuts, _, _ in results.values()}) >= 3
+    _, whole, gradients = results[Cutting(10_000, False)]
+    for _, loss, got in results.values():
         assert loss == pytest.approx(whole, rel=1e-6)
         for a, b in zip(got, gradients, strict=True):
             assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
@@ -184,7 +186,7 @@ def settings_of(**changes) -> TrainSettings:
         "epochs": 1.0,
         "warmup_ratio": 0.0,
         "final_lr_ratio": 0.1,
-        "micro_batch_tokens": 50,
+        "cutting": Cutting(50, packed=False),
         "log_every": 2,
         "seed": 3,
     }
@@ -265,12 +267,15 @@ def test_the_logged_loss_does_not_depend_on_the_ranks(monkeypatch, task, build):
 def test_scores_and_evaluation_do_not_depend_on_the_ranks(monkeypatch):
     policy, scalar = tiny_policy(), tiny_scalar()
     language, rank_task = LanguageTask(texts(5)), RankingTask(RANKINGS[:2])
-    loss, scores = language.evaluate(PlainEngine(policy), 30), rank_task.scores(PlainEngine(scalar), 12)
+    loss, scores = (
+        language.evaluate(PlainEngine(policy), Cutting(30)),
+        rank_task.scores(PlainEngine(scalar), Cutting(12)),
+    )
 
     def on_rank(rank: int) -> tuple[float, list[list[float]]]:
         return (
-            language.evaluate(PlainEngine(policy, rank=rank, world_size=4), 30),
-            rank_task.scores(PlainEngine(scalar, rank=rank, world_size=4), 12),
+            language.evaluate(PlainEngine(policy, rank=rank, world_size=4), Cutting(30)),
+            rank_task.scores(PlainEngine(scalar, rank=rank, world_size=4), Cutting(12)),
         )
 
     for loss_of_rank, scores_of_rank in Ranks(4, monkeypatch).run(on_rank):
@@ -281,8 +286,8 @@ def test_scores_and_evaluation_do_not_depend_on_the_ranks(monkeypatch):
 
 def test_more_ranks_than_examples_still_score_every_sequence(monkeypatch):
     scalar, sequences = tiny_scalar(), [np.array([1, 2, 3], np.int32)]
-    alone = score_sequences(PlainEngine(scalar), sequences, 10)
+    alone = score_sequences(PlainEngine(scalar), sequences, Cutting(10))
     got = Ranks(3, monkeypatch).run(
-        lambda rank: score_sequences(PlainEngine(scalar, rank=rank, world_size=3), sequences, 10)
+        lambda rank: score_sequences(PlainEngine(scalar, rank=rank, world_size=3), sequences, Cutting(10))
     )
     assert got == [pytest.approx(alone)] * 3
