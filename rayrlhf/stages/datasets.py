@@ -67,10 +67,9 @@ class Datasets:
 
     @cached_property
     def pretrain(self) -> Split:
-        """Blocks of the model's whole context; every 1/heldout_fraction-th is held out."""
-        scratch = self._config.model.from_scratch
-        assert scratch is not None
-        blocks = tokenized.pack_text(self.tokenizer, self._texts, scratch.context)
+        """`data.text` in blocks; every 1/heldout_fraction-th is held out, from all stages that read text."""
+        context = self._block_tokens()
+        blocks = tokenized.pack_text(self.tokenizer, self._texts, context)
         examples = [LMExample(block, 0, "") for block in blocks]
         fraction = self._config.data.heldout_fraction
         held = np.zeros(len(blocks), dtype=bool)
@@ -78,7 +77,7 @@ class Datasets:
             held[:: max(2, round(1 / fraction))] = True
         train = [e for e, h in zip(examples, held, strict=True) if not h]
         heldout = [e for e, h in zip(examples, held, strict=True) if h]
-        return Split(train, heldout, {"blocks": len(blocks), "context": scratch.context})
+        return Split(train, heldout, {"blocks": len(blocks), "context": context})
 
     @cached_property
     def sft(self) -> Split:
@@ -109,6 +108,13 @@ class Datasets:
             self.tokenizer, records, data.max_prompt_tokens, data.overlong_prompts
         )
         return kept, asdict(report)
+
+    def _block_tokens(self) -> int:
+        """The context of a model from scratch; of a named one, the longest sequence that the run asks of it."""
+        config = self._config
+        if config.model.from_scratch is not None:
+            return config.model.from_scratch.context
+        return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_response_tokens)
 
     @cached_property
     def _texts(self) -> list[Any]:
