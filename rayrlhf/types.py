@@ -128,7 +128,7 @@ class Scores:
     """What one model says of some rollouts, keyed by sample id; each role fills its own field."""
 
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)
-    """float32 [R] per sample: the policy's, before this step's first update (policy)"""
+    """float32 [R] per sample: the policy's, before this step's first update (policy); empty if the engine's are used"""
     reference_logprobs: dict[int, np.ndarray] = field(default_factory=dict)
     """float32 [R] per sample: the SFT model's (reference)"""
     values: dict[int, np.ndarray] = field(default_factory=dict)
@@ -152,11 +152,15 @@ class Experience:
     old_logprobs: np.ndarray
     """float32 [R]: the policy's log-probs before this step's first update"""
     advantages: np.ndarray
-    """float32 [R], whitened over all valid tokens of the step"""
-    returns: np.ndarray
-    """float32 [R]"""
-    old_values: np.ndarray
-    """float32 [R]"""
+    """float32 [R]; those of GAE whitened over all tokens of the step that are trained on"""
+    returns: np.ndarray | None = None
+    """float32 [R]; None where the advantages need no value model"""
+    old_values: np.ndarray | None = None
+    """float32 [R]; likewise"""
+    weights: np.ndarray | None = None
+    """float32 [R]: truncated importance weights of the loss; None for 1"""
+    trained: bool = True
+    """False for a response whose tokens are masked out of every loss"""
 
 
 @dataclass(frozen=True, slots=True)

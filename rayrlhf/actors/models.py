@@ -6,18 +6,20 @@ them to the objects), works on the samples whose ids are its share, and leaves i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from rayrlhf.actors.base import Actor
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
 from rayrlhf.engines.distributed import Rendezvous, join_process_group
-from rayrlhf.engines.learning import EstimateSettings, UpdateSettings, estimate, update_policy, update_value
+from rayrlhf.engines.estimation import EstimateSettings, estimate
+from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.types import Experience, Rollout, Scores
@@ -25,6 +27,10 @@ from rayrlhf.weights.buckets import fingerprint, pack
 from rayrlhf.weights.transports import create_sender
 
 __all__ = ["ModelSettings", "PolicyActor", "ReferenceActor", "RewardActor", "ValueActor"]
+
+
+Text = tuple[Sequence[Sequence[int]], bool]
+"""For each minibatch the numbers of this rank's text blocks, and whether to measure gradient norms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +103,21 @@ class RewardActor(_ModelActor):
 
 class _LearnerActor(_ModelActor):
     engine: Learner
-    _update: Callable[..., dict[str, float]]
 
     def update(
-        self, minibatches: Sequence[Sequence[int]], learning_rate: float, *chunks: list[Experience]
+        self, minibatches: Sequence[Sequence[int]], text: Text | None, learning_rate: float, *chunks: list[Experience]
     ) -> dict[str, float]:
-        """One optimizer step per minibatch; `minibatches` holds this rank's sample ids of each."""
+        """One optimizer step per minibatch; `minibatches` holds this rank's sample ids of each, `text` its blocks."""
         experiences = [e for chunk in chunks for e in chunk]
         place = {e.rollout.info.sample_id: i for i, e in enumerate(experiences)}
         rows = [[place[i] for i in ids] for ids in minibatches]
         spare = min(experiences, key=lambda e: e.rollout.info.tokens)
-        assert self.settings.update is not None
-        return type(self)._update(self.engine, experiences, rows, spare, self.settings.update, learning_rate)
+        return self._update(experiences, rows, spare, learning_rate, text)
+
+    def _update(
+        self, experiences: list[Experience], rows: list[list[int]], spare: Experience, rate: float, text: Text | None
+    ) -> dict[str, float]:
+        raise AssertionError("each role learns in its own way")
 
     def save(self, folder: str) -> None:
         """Write the weights in Hugging Face format; every rank takes part, rank 0 writes."""
@@ -119,7 +128,11 @@ class _LearnerActor(_ModelActor):
 
 
 class ValueActor(_LearnerActor):
-    _update = staticmethod(update_value)
+    def _update(
+        self, experiences: list[Experience], rows: list[list[int]], spare: Experience, rate: float, text: Text | None
+    ) -> dict[str, float]:
+        assert self.settings.update is not None
+        return update_value(self.engine, experiences, rows, spare, self.settings.update, rate)
 
     def _load(self) -> Learner:
         s = self.settings
@@ -136,7 +149,22 @@ class ValueActor(_LearnerActor):
 
 
 class PolicyActor(_LearnerActor):
-    _update = staticmethod(update_policy)
+    def hold_text(self, blocks: np.ndarray) -> None:
+        """Pretraining text for PPO-ptx: int32 [blocks, L], a view of the object store."""
+        self._blocks = blocks
+
+    def _update(
+        self, experiences: list[Experience], rows: list[list[int]], spare: Experience, rate: float, text: Text | None
+    ) -> dict[str, float]:
+        assert self.settings.update is not None
+        share = TextShare(self._blocks, *text) if text else None
+        return update_policy(self.engine, experiences, rows, spare, self.settings.update, rate, share)
+
+    def save_average(self, folder: str) -> None:
+        """As `save`, of the averaged weights."""
+        assert self.engine.average is not None
+        with self.engine.average.in_place():
+            self.save(folder)
 
     def _load(self) -> Learner:
         s = self.settings
@@ -206,7 +234,7 @@ class PolicyActor(_LearnerActor):
         for experience in experiences[: self.settings.samples]:
             rollout, info = experience.rollout, experience.rollout.info
             prompt, response = rollout.tokens[: rollout.prompt_tokens], rollout.tokens[rollout.prompt_tokens :]
-            log_ratio = scores.logprobs[info.sample_id] - scores.reference_logprobs[info.sample_id]
+            log_ratio = experience.old_logprobs - scores.reference_logprobs[info.sample_id]
             texts.append(
                 {
                     "sample_id": info.sample_id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
@@ -32,8 +33,9 @@ class RolePlacement:
 
 
 def plan_ppo(config: Config) -> list[RolePlacement]:
-    """The five roles of a PPO run."""
+    """The five roles of a PPO run; four where the advantages need no value model."""
     cluster = config.cluster
+    without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     roles = [
         RolePlacement(role, r.ranks, r.cpus, cluster.gpus(r), r.threads)
         for role, r in (
@@ -42,6 +44,7 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
             ("reward", cluster.reward),
             ("value", cluster.value),
         )
+        if role not in without
     ]
     shards, engine = config.rollout.tensor_parallel, cluster.rollout
     roles.append(

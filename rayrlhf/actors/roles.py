@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.data.batching import balance
+from rayrlhf.driver.pacing import TextStream
 from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
-__all__ = ["LearnerRoles", "ScorerRoles", "memory_per_role"]
+__all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "memory_per_role"]
 
 
 class ScorerRoles:
@@ -32,27 +34,40 @@ class ScorerRoles:
         return tuple(handle for ranks in results for handles in ranks for handle in handles)
 
 
+@dataclass(frozen=True, slots=True)
+class TextPlan:
+    """PPO-ptx: where text comes from, and how much of it."""
+
+    stream: TextStream
+    blocks_per_response: float
+    measure_every: int
+    """steps between measurements of the gradient norms"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """How a step's responses become minibatches."""
+
+    minibatch_size: int
+    epochs: int
+    seed: int
+    samples_per_prompt: int
+    value_warmup_steps: int
+    first_kl_limit: float
+    """see `LearnerRoles.update`"""
+    learning_rates: Callable[[int], tuple[float, float]]
+    """the policy's and the value model's, by step"""
+    text: TextPlan | None = None
+
+
 class LearnerRoles:
     """Policy and value: estimate on the policy's ranks, update on both at once."""
 
-    def __init__(
-        self,
-        policy: ActorGroup,
-        value: ActorGroup,
-        minibatch_size: int,
-        epochs: int,
-        seed: int,
-        first_kl_limit: float,
-        learning_rates: Callable[[int], tuple[float, float]],
-    ) -> None:
-        """`learning_rates(step)` gives the policy's and the value model's; `first_kl_limit`: see `update`."""
-        self._first_kl_limit = first_kl_limit
+    def __init__(self, policy: ActorGroup, value: ActorGroup | None, plan: StepPlan) -> None:
+        """Without a value model (`value` None) the policy learns alone."""
         self._policy = policy
         self._value = value
-        self._minibatch_size = minibatch_size
-        self._epochs = epochs
-        self._seed = seed
-        self._learning_rates = learning_rates
+        self._plan = plan
 
     async def estimate(self, batch: ScoredBatch, kl_coef: float) -> ExperienceBatch:
         infos, rollouts = batch.rollouts.infos, batch.rollouts.handles
@@ -62,53 +77,81 @@ class LearnerRoles:
             len(rollouts),
             *rollouts,
             *batch.scores,
-            each=[(ids,) for ids in _deal(infos, self._policy.ranks)],
+            each=[(ids,) for ids in _deal(infos, self._policy.ranks, self._plan.samples_per_prompt)],
         )
         handles = tuple(handle for handles, _, _ in results for handle in handles)
         return ExperienceBatch(infos, handles, results[0][1], results[0][2])
 
     async def update(self, experience: ExperienceBatch, step: int) -> StepReport:
         """Raises TrainingError when policy and reference, the same model on step 0, do not score tokens alike."""
-        first_kl = abs(experience.metrics["kl/per_token"])
-        if step == 0 and not first_kl <= self._first_kl_limit:
+        plan, first_kl = self._plan, abs(experience.metrics["kl/per_token"])
+        if step == 0 and not first_kl <= plan.first_kl_limit:
             raise TrainingError(
                 f"KL to the reference is {first_kl:.3g} nats per token before any update "
-                f"(allowed {self._first_kl_limit:g})",
+                f"(allowed {plan.first_kl_limit:g})",
                 "policy and reference were loaded from different weights, or run in different precision",
             )
         minibatches = self._minibatches(experience.infos, step)
-        policy_rate, value_rate = self._learning_rates(step)
-        policy, value = await asyncio.gather(
-            self._learn(self._policy, experience, minibatches, policy_rate),
-            self._learn(self._value, experience, minibatches, value_rate),
-        )
-        metrics = {**experience.metrics, **policy, **value, "policy/learning_rate": policy_rate}
+        policy_rate, value_rate = plan.learning_rates(step)
+        calls = []
+        if step >= plan.value_warmup_steps:
+            text = self._text(minibatches, step)
+            calls.append(self._learn(self._policy, experience, minibatches, text, policy_rate))
+        else:
+            policy_rate = 0.0
+        if self._value is not None:
+            calls.append(self._learn(self._value, experience, minibatches, None, value_rate))
+        metrics = dict(experience.metrics)
+        for learned in await asyncio.gather(*calls):
+            metrics |= learned
+        metrics["policy/learning_rate"] = policy_rate
         return StepReport(metrics, experience.metrics["kl/mean"], len(experience.infos))
 
     async def _learn(
-        self, group: ActorGroup, experience: ExperienceBatch, minibatches: list[list[RolloutInfo]], rate: float
+        self,
+        group: ActorGroup,
+        experience: ExperienceBatch,
+        minibatches: list[list[RolloutInfo]],
+        text: tuple[list[list[int]], bool] | None,
+        rate: float,
     ) -> dict[str, float]:
         dealt = [_deal(minibatch, group.ranks) for minibatch in minibatches]
-        each = [([ids[rank] for ids in dealt],) for rank in range(group.ranks)]
+        each = []
+        for rank in range(group.ranks):
+            # Blocks are equally long: every so manieth is a fair share.
+            share = text and ([blocks[rank :: group.ranks] for blocks in text[0]], text[1])
+            each.append(([ids[rank] for ids in dealt], share))
         results = await group.call("update", rate, *experience.handles, each=each)
         metrics: dict[str, float] = results[0]
         return metrics
+
+    def _text(self, minibatches: list[list[RolloutInfo]], step: int) -> tuple[list[list[int]], bool] | None:
+        """For each minibatch the numbers of its text blocks, and whether gradient norms are to be measured."""
+        plan = self._plan.text
+        if plan is None:
+            return None
+        counts = [max(1, round(plan.blocks_per_response * len(minibatch))) for minibatch in minibatches]
+        return [plan.stream.take(count) for count in counts], step % plan.measure_every == 0
 
     def _minibatches(self, infos: Sequence[RolloutInfo], step: int) -> list[list[RolloutInfo]]:
         """A fresh shuffle for each inner epoch, the same for policy and value."""
         cuts: list[list[RolloutInfo]] = []
         by_id = sorted(infos, key=lambda info: info.sample_id)  # engines finish in any order
-        for epoch in range(self._epochs):
-            order = np.random.default_rng([self._seed, step, epoch]).permutation(len(by_id))
-            for start in range(0, len(by_id), self._minibatch_size):
-                cuts.append([by_id[int(i)] for i in order[start : start + self._minibatch_size]])
+        for epoch in range(self._plan.epochs):
+            order = np.random.default_rng([self._plan.seed, step, epoch]).permutation(len(by_id))
+            for start in range(0, len(by_id), self._plan.minibatch_size):
+                cuts.append([by_id[int(i)] for i in order[start : start + self._plan.minibatch_size]])
         return cuts
 
 
-def _deal(infos: Sequence[RolloutInfo], ranks: int) -> list[list[int]]:
-    """Sample ids for each rank, balanced by tokens."""
-    by_id = sorted(infos, key=lambda info: info.sample_id)
-    return [[by_id[i].sample_id for i in share] for share in balance([info.tokens for info in by_id], ranks)]
+def _deal(infos: Sequence[RolloutInfo], ranks: int, together: int = 1) -> list[list[int]]:
+    """Sample ids for each rank, balanced by tokens; `together` consecutive samples (of one prompt) are not parted."""
+    units: dict[int, list[RolloutInfo]] = {}
+    for info in sorted(infos, key=lambda info: info.sample_id):
+        units.setdefault(info.sample_id // together, []).append(info)
+    members = list(units.values())
+    shares = balance([sum(info.tokens for info in unit) for unit in members], ranks)
+    return [[info.sample_id for i in share for info in members[i]] for share in shares]
 
 
 async def memory_per_role(groups: Sequence[ActorGroup]) -> dict[str, float]:

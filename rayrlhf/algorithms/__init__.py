@@ -23,7 +23,7 @@ from rayrlhf.algorithms.losses import (
     truncated_importance_weights,
 )
 from rayrlhf.algorithms.masking import masked_mean, masked_moments, masked_var, masked_whiten, whiten_with_moments
-from rayrlhf.algorithms.rewards import token_rewards
+from rayrlhf.algorithms.rewards import token_rewards, treat_truncated
 
 __all__ = [
     "AdaptiveKL",
@@ -46,6 +46,7 @@ __all__ = [
     "ppo_value_loss",
     "ranking_loss",
     "token_rewards",
+    "treat_truncated",
     "truncated_importance_weights",
     "whiten_with_moments",
 ]

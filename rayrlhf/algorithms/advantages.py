@@ -8,12 +8,15 @@ the response, and no value model is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.masking import VARIANCE_EPSILON, at_least_float32, zero_masked
 
-__all__ = ["gae", "group_relative", "leave_one_out"]
+__all__ = ["ESTIMATORS", "Estimator", "gae", "group_relative", "leave_one_out"]
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -117,3 +120,28 @@ def _group_deviations(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, T
     heights = real - none.scatter_reduce(0, members, real, "amin", include_self=False)[members]
     means = none.index_add(0, members, heights) / sizes
     return heights - means[members], members, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class Estimator:
+    """An advantage estimator as a PPO step uses it. `ppo.advantage` names one of `ESTIMATORS`.
+
+    Exactly one of the two functions is set. `of_tokens(rewards[B,R], values[B,R], mask[B,R], gamma, lam)` returns
+    (advantages, returns) and needs a value model; its advantages are whitened over the step. `of_responses(scores[N],
+    groups[N])` compares responses to one prompt, `scores` being each one's summed token rewards, KL penalty included;
+    all tokens of a response get its advantage, as it is.
+    """
+
+    of_tokens: Callable[[Tensor, Tensor, Tensor, float, float], tuple[Tensor, Tensor]] | None = None
+    of_responses: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def needs_values(self) -> bool:
+        return self.of_tokens is not None
+
+
+ESTIMATORS = {
+    "gae": Estimator(of_tokens=gae),
+    "group_relative": Estimator(of_responses=group_relative),
+    "leave_one_out": Estimator(of_responses=leave_one_out),
+}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from rayrlhf.algorithms.masking import zero_masked
 
-__all__ = ["token_rewards"]
+__all__ = ["token_rewards", "treat_truncated"]
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tensor:
@@ -36,3 +38,32 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coef: float) -> Tens
     is_last = mask & (valid_from_here == 1)
     score = scores.to(penalty.dtype).unsqueeze(1).expand_as(penalty)
     return torch.where(is_last, penalty + score, penalty)
+
+
+def treat_truncated(
+    scores: Tensor, truncated: Tensor, treatment: Literal["keep", "penalty", "replace", "mask"], value: float = 0.0
+) -> Tensor:
+    """Change the scores of responses that were cut before their EOS.
+
+    keep, mask:  s_b            (mask leaves them out of the losses, which is not the score's business)
+    penalty:     s_b - value
+    replace:     value
+
+    Args:
+        scores: [B].
+        truncated: [B], bool.
+        treatment: which of the above.
+        value: in units of the score.
+
+    Returns:
+        [B].
+
+    Source: Huang et al. 2024 (arXiv 2403.17031), the "EOS trick" (a fixed score for a response without EOS); masking:
+    Yu et al. 2025 (arXiv 2503.14476), section 3.4.
+    """
+    if treatment in ("keep", "mask"):
+        return scores
+    if treatment not in ("penalty", "replace"):
+        raise ValueError(f"unknown treatment {treatment!r}; expected 'keep', 'penalty', 'replace' or 'mask'")
+    changed = scores - value if treatment == "penalty" else torch.full_like(scores, value)
+    return torch.where(truncated, changed, scores)

@@ -20,6 +20,48 @@ class KLConfig(Section):
     """Nats per response; set, the coefficient adapts (Ziegler et al. 2019), else it stays."""
     horizon: Positive = 10_000.0
     """Samples over which an adaptive coefficient reacts."""
+    stop: Positive | None = None
+    """Nats per response between the policy now and at the start of the step; past it the step's remaining minibatches
+    are left out."""
+
+
+class PTXConfig(Section):
+    """PPO-ptx: the pretraining gradient in every policy step (Ouyang et al. 2022, eq. 2). See docs/ptx.md."""
+
+    coef: NonNegative = 0.0
+    """Of the language-modelling loss, a token mean over the minibatch's text, beside PPO's token mean; 0 is plain PPO.
+    The paper's 27.8 belongs to its own reduction."""
+    examples_per_episode: Positive = 8.0
+    """Blocks of `data.text` (as long as the context) per response of a minibatch; the paper takes 8."""
+    norms_every: PositiveInt = 10
+    """Steps between measurements of both parts' gradient norms (of a step's first minibatch). Each one reads the
+    gradients of the whole model twice."""
+
+
+class TruncationConfig(Section):
+    """What becomes of a response that `rollout.max_tokens` cut before its EOS."""
+
+    treatment: Literal["keep", "penalty", "replace", "mask"] = "keep"
+    """Its score stays; loses `value`; becomes `value`; or the response is not trained on (it still counts in what is
+    reported)."""
+    value: Annotated[float, Field(allow_inf_nan=False, strict=True)] | None = None
+    """In the reward model's normalised units; needed by penalty and replace."""
+
+    @model_validator(mode="after")
+    def _value_where_it_is_used(self) -> TruncationConfig:
+        if (self.treatment in ("penalty", "replace")) != (self.value is not None):
+            wrong = "missing" if self.value is None else "not used"
+            raise ValueError(f"value is {wrong} with treatment {self.treatment}: penalty and replace need it")
+        return self
+
+
+class ScoreConfig(Section):
+    """What is done to the reward model's scores before the KL penalty joins them."""
+
+    normalize: Literal["none", "batch"] = "none"
+    """batch: mean 0 and variance 1 over the step's responses."""
+    clip: Positive | None = None
+    """Scores are held to +-clip, after normalising and before the treatment of truncated responses."""
 
 
 class PPOConfig(Section):
@@ -30,6 +72,10 @@ class PPOConfig(Section):
     """Responses per optimizer step, over all ranks."""
     epochs: PositiveInt = 1
     """Passes over the batch."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses drawn for each prompt; group estimators compare them with each other."""
+    advantage: str = "gae"
+    """A name in rayrlhf.algorithms.advantages.ESTIMATORS: gae; group_relative and leave_one_out need no value model."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward/backward on a rank."""
     learning_rate: Positive = 9e-6
@@ -37,11 +83,27 @@ class PPOConfig(Section):
     warmup_steps: NonNegativeInt = 10
     """Steps over which both learning rates rise from 0.1x; constant afterwards."""
     adam: Adam = Adam(eps=1e-5)
+    value_warmup_steps: NonNegativeInt = 0
+    """Steps at the start in which the value model alone learns."""
     clip: Positive = 0.2
+    dual_clip: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)] | None = None
+    """Bounds the loss of tokens with a negative advantage at this many times the advantage (Ye et al. 2020)."""
     value_clip: Positive = 0.2
+    old_logprobs: Literal["recompute", "rollout"] = "recompute"
+    """The trainer scores each response before the first update; or the engine's own log-probs are taken, which saves
+    that pass and makes the engine's rounding part of the ratio."""
+    importance_cap: Positive | None = None
+    """Largest importance weight of a token that the engine sampled, trainer over engine (Yao et al. 2025): recomputed,
+    the loss is multiplied by min(old / engine, cap); from the rollout, the ratio itself ends at cap. None: off."""
     gamma: Fraction = 1.0
     lam: Fraction = 0.95
     kl: KLConfig = KLConfig()
+    truncated: TruncationConfig = TruncationConfig()
+    score: ScoreConfig = ScoreConfig()
+    ptx: PTXConfig = PTXConfig()
+    ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    """Decay per optimizer step of an average of the policy's weights, saved beside it (the paper's 0.992; it does not
+    say per what). Never sampled from."""
     zero_stage: ZeroStage = 1
     """Of the policy's and the value model's learners."""
     frozen_zero_stage: ZeroStage = 0
@@ -51,6 +113,26 @@ class PPOConfig(Section):
     def _minibatches_divide_the_batch(self) -> PPOConfig:
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatch_size {self.minibatch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_fill_the_batch(self) -> PPOConfig:
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _old_logprobs_of_the_engine_are_corrected(self) -> PPOConfig:
+        if self.old_logprobs == "rollout" and self.importance_cap is None:
+            raise ValueError("old_logprobs rollout needs importance_cap (2.0 is usual): the engine is not the trainer")
+        return self
+
+    @model_validator(mode="after")
+    def _the_policy_gets_to_learn(self) -> PPOConfig:
+        if self.value_warmup_steps >= self.steps:
+            raise ValueError(f"value_warmup_steps {self.value_warmup_steps} leaves the policy none of {self.steps}")
         return self
 
     @model_validator(mode="after")
@@ -87,6 +169,9 @@ class RolloutConfig(Section):
     """GPU engines: share of the device the engine may take."""
     max_sequences: PositiveInt = 256
     """Sequences decoded together."""
+    max_logprob_gap: Positive | None = None
+    """A step whose log-probs differ more between engine and trainer stops the run. None: 1e-3 at the worst token in
+    float32, 0.05 on average in bfloat16."""
 
 
 class WeightsConfig(Section):

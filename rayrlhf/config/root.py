@@ -55,6 +55,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _ptx_has_text(self) -> Config:
+        if self.ppo.ptx.coef and "ppo" in self.stages() and not (self.data.text or self.world.name):
+            raise ValueError("ppo.ptx.coef is set but data.text is empty: PPO-ptx learns from pretraining text")
+        return self
+
+    @model_validator(mode="after")
     def _sequences_fit_the_context(self) -> Config:
         if self.model.from_scratch is None:
             return self  # a named model's context is checked when its config is read

@@ -10,31 +10,53 @@ from rayrlhf.driver.protocols import RolloutPool, ScoredBatch, Scorers
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import SampleRequest
 
-__all__ = ["PromptStream", "SyncPacing"]
+__all__ = ["PromptStream", "SyncPacing", "TextStream"]
 
 
 class PromptStream:
     """Endless prompts in a fresh shuffle each epoch, and the seed of each response drawn.
 
-    A seed is a hash of (run seed, epoch, prompt, sample): it does not depend on which engine draws it.
+    Each prompt comes `repeats` times in a row. A seed is a hash of (run seed, epoch, prompt, sample): it does not
+    depend on which engine draws it.
     """
 
-    def __init__(self, prompt_ids: list[int], seed: int) -> None:
+    def __init__(self, prompt_ids: list[int], seed: int, repeats: int = 1) -> None:
         self._prompt_ids = prompt_ids
         self._seed = seed
+        self._repeats = repeats
         self._drawn = 0
 
     def take(self, count: int) -> list[SampleRequest]:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> SampleRequest:
-        epoch, place = divmod(self._drawn, len(self._prompt_ids))
+        epoch, place = divmod(self._drawn // self._repeats, len(self._prompt_ids))
         if place == 0:
             self._order = epoch_order(len(self._prompt_ids), self._seed, epoch)
         prompt_id = self._prompt_ids[int(self._order[place])]
         request = SampleRequest(self._drawn, prompt_id, _seed(self._seed, epoch, prompt_id, self._drawn))
         self._drawn += 1
         return request
+
+
+class TextStream:
+    """Endless blocks of pretraining text, by number, in a fresh shuffle each epoch; `drawn` is all there is to save."""
+
+    def __init__(self, blocks: int, seed: int, drawn: int = 0) -> None:
+        self._blocks = blocks
+        self._seed = seed + 1  # not the order of the prompts
+        self.drawn = drawn
+        self._epoch: int | None = None
+
+    def take(self, count: int) -> list[int]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> int:
+        epoch, place = divmod(self.drawn, self._blocks)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._blocks, self._seed, epoch)
+        self.drawn += 1
+        return int(self._order[place])
 
 
 class SyncPacing:

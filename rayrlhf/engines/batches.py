@@ -107,10 +107,11 @@ class ExperienceBatch:
     old_logprobs: Tensor
     """float32 [N], as are the rest"""
     advantages: Tensor
-    returns: Tensor
-    old_values: Tensor
+    returns: Tensor | None
+    old_values: Tensor | None
+    weights: Tensor | None
     mask: Tensor
-    """bool [N]: False nowhere but in a dummy"""
+    """bool [N]: False in a dummy, and in a response that is not trained on"""
 
 
 def cut_rollouts(rollouts: Sequence[Rollout], cutting: Cutting, device: torch.device) -> list[RolloutBatch]:
@@ -145,6 +146,15 @@ def _experience_batch(experiences: Sequence[Experience], layout: Layout) -> Expe
     def flat(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(e, name) for e in experiences])).to(device)
 
-    batch = _rollout_batch([e.rollout for e in experiences], layout)
-    mask = torch.ones(batch.positions.shape[0], dtype=torch.bool, device=device)
-    return ExperienceBatch(batch, flat("old_logprobs"), flat("advantages"), flat("returns"), flat("old_values"), mask)
+    def optional(name: str) -> Tensor | None:
+        return None if getattr(experiences[0], name) is None else flat(name)
+
+    return ExperienceBatch(
+        batch=_rollout_batch([e.rollout for e in experiences], layout),
+        old_logprobs=flat("old_logprobs"),
+        advantages=flat("advantages"),
+        returns=optional("returns"),
+        old_values=optional("old_values"),
+        weights=optional("weights"),
+        mask=torch.tensor([e.trained for e in experiences for _ in e.old_logprobs], device=device),
+    )

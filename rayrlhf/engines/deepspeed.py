@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rayrlhf.engines.average import WeightAverage
 from rayrlhf.engines.distributed import all_reduce_max
+from rayrlhf.engines.gradients import GradientParts
 from rayrlhf.errors import TrainingError
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
@@ -44,6 +46,8 @@ class LearnerSettings:
     eps: float
     weight_decay: float
     grad_clip: float
+    average: float | None = None
+    """decay of an average of the weights; None keeps none"""
 
 
 class _Engine:
@@ -109,17 +113,25 @@ class Learner(_Engine):
         }
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
         self.module, self._call = self.engine.module, self.engine
+        self.average = WeightAverage(self.module, settings.average, self.rank) if settings.average else None
 
     def train_step(
-        self, loss_function: LossFunction[M], micro_batches: Sequence[M], dummy: M, learning_rate: float
+        self,
+        loss_function: LossFunction[M],
+        micro_batches: Sequence[M],
+        dummy: M,
+        learning_rate: float,
+        rest: Sequence[M] = (),
+        measure: bool = False,
     ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches.
+        """One optimizer step over this rank's micro-batches, then those of `rest`.
 
         The gradient is that of the sum of all micro-batches' losses over all ranks: `loss_function` divides by the
         global denominator, and the factor `world_size` undoes DeepSpeed's averaging.
 
         Returns:
-            `loss` (this rank's share of it) and `grad_norm` (global, before clipping).
+            `loss` (this rank's share of it) and `grad_norm` (global, before clipping); with `measure` also
+            `first_norm` and `rest_norm`, of the gradients of `micro_batches` and of `rest` alone.
 
         Raises:
             TrainingError: when the loss (the step is not taken) or the gradient is NaN or infinite.
@@ -127,13 +139,18 @@ class Learner(_Engine):
         self.module.train()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches = self._equalised(micro_batches, dummy)
+        first, second = self._equalised(micro_batches, dummy), self._equalised(rest, dummy)
+        counts = [i < len(micro_batches) for i in range(len(first))] + [i < len(rest) for i in range(len(second))]
+        parts = GradientParts(self.module, self.rank, _stage(self.settings)) if measure else None
         total = 0.0
-        for i, micro_batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
-            loss = loss_function(self._call, micro_batch) * (1.0 if i < len(micro_batches) else 0.0)
+        for i, (micro_batch, counted) in enumerate(zip([*first, *second], counts, strict=True)):
+            ends_part = i == len(counts) - 1 or (measure and i == len(first) - 1)
+            self.engine.set_gradient_accumulation_boundary(ends_part)
+            loss = loss_function(self._call, micro_batch) * float(counted)
             total += float(loss.detach())
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            if parts and ends_part:
+                parts.read()
         # All ranks must agree to stop, or the others would wait in the step's collectives.
         if all_reduce_max(0.0 if abs(total) < float("inf") else 1.0, self.device):
             raise TrainingError(f"the loss is not finite (rank {self.rank}: {total})", "lower the learning rate")
@@ -142,7 +159,9 @@ class Learner(_Engine):
         norm = float(plain_norm if plain_norm is not None else self.engine.get_global_grad_norm())
         if not math.isfinite(norm):  # the same on every rank, so all of them stop
             raise TrainingError("the gradient is not finite; this step's weights are lost", "lower the learning rate")
-        return {"loss": total, "grad_norm": norm}
+        if self.average:
+            self.average.update()
+        return {"loss": total, "grad_norm": norm} | (parts.norms(self.device) if parts else {})
 
     def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """The whole parameters of `module`, bucket by bucket; under ZeRO-3 each bucket is gathered and let go again.

@@ -1,113 +1,69 @@
-"""One PPO step on one rank: `estimate` turns scored rollouts into experience, `update_policy` and `update_value` learn.
+"""The second half of a PPO step on one rank: `update_policy` and `update_value` learn from experience.
 
-rollouts + scores (this rank's share)
-   │ estimate          token KL -> token rewards -> GAE -> whitening (moments over all ranks)
-   ▼
-experiences ──► update_policy   clipped ratio loss      ┐ minibatch by minibatch; each minibatch in micro-batches,
-           └──► update_value    clipped squared error   ┘ every loss a token mean over the global minibatch
+experiences ──► update_policy   clipped ratio loss, and with ptx the LM loss of text  ┐ minibatch by minibatch, each in
+           └──► update_value    clipped squared error                                 ┘ micro-batches; every loss is a
+                                                                          token mean over the global minibatch
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms import (
-    gae,
-    kl_estimate,
-    masked_moments,
-    ppo_policy_loss,
-    ppo_value_loss,
-    token_rewards,
-    whiten_with_moments,
-)
-from rayrlhf.data.batching import Cutting, pad_rows
+from rayrlhf.algorithms import ppo_policy_loss, ppo_value_loss
+from rayrlhf.data.batching import Cutting
+from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.batches import ExperienceBatch, cut_experiences, dummy_experience
 from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_max, all_reduce_sum, reduce_means
+from rayrlhf.engines.estimation import GapLimits, check_gap
+from rayrlhf.engines.supervised import LanguageBatch, LanguageTask, language_batches
 from rayrlhf.errors import TrainingError
-from rayrlhf.types import Experience, Rollout, Scores
+from rayrlhf.types import Experience
 
-__all__ = ["EstimateSettings", "UpdateSettings", "estimate", "update_policy", "update_value"]
+__all__ = ["TextShare", "UpdateSettings", "update_policy", "update_value"]
 
 Module = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateSettings:
-    kl_kind: Literal["k1", "k2", "k3"]
-    gamma: float
-    lam: float
+POLICY_STATS = ("loss", "abs_log_ratio", "clip_fraction", "ratio_mean", "approx_kl")
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateSettings:
+    """The policy's or the value model's; what is said of the policy concerns it alone."""
+
     clip: float
     cutting: Cutting
     temperature: float = 1.0
-    """The policy's only."""
-    first_log_ratio_max: float = math.inf
-    """The policy's only: the largest |log ratio| that the first minibatch of a step may show (see `update_policy`)."""
-    first_log_ratio_mean: float = math.inf
-    """... and the largest mean of them over its tokens."""
+    """The policy's."""
+    dual_clip: float | None = None
+    """The policy's."""
+    kl_stop: float | None = None
+    """The policy's: nats per response from the step's start, past which its remaining minibatches are left out."""
+    old_from_rollout: bool = False
+    """The old log-probs are the engine's: the first minibatch then shows the gap, not ratio 1."""
+    importance_cap: float | None = None
+    """Largest ratio to the engine's log-probs, with `old_from_rollout`."""
+    first_ratio: GapLimits = field(default_factory=GapLimits)
+    """The policy's: |log ratio| that the first minibatch of a step may show."""
+    ptx_coef: float = 0.0
 
 
-def estimate(
-    rollouts: Sequence[Rollout], scores: Scores, settings: EstimateSettings, kl_coef: float, device: torch.device
-) -> tuple[list[Experience], dict[str, float]]:
-    """Rewards, advantages and returns for this rank's rollouts.
+@dataclass(frozen=True, slots=True)
+class TextShare:
+    """This rank's pretraining text for one step of PPO-ptx."""
 
-    reward_t = -kl_coef * KL_t, plus the score at the last response token (Ouyang et al. 2022, eq. 2); advantages by
-    GAE (Schulman et al. 2016, eq. 16), whitened over the valid tokens of all ranks.
-
-    Returns:
-        Experiences in the order of `rollouts`, and metrics averaged over all ranks.
-
-    Raises:
-        TrainingError: on every rank, when any score or log-prob is not finite: such a sample must not train.
-    """
-    mask_BR = _mask([r.info.response_tokens for r in rollouts], device)
-
-    def rows(field: dict[int, np.ndarray]) -> Tensor:
-        padded = pad_rows([field[r.info.sample_id] for r in rollouts], 0.0, np.float32)
-        return torch.from_numpy(padded).to(device)
-
-    if rollouts:
-        logprobs_BR, reference_BR, values_BR = (
-            rows(scores.logprobs),
-            rows(scores.reference_logprobs),
-            rows(scores.values),
-        )
-        scores_B = torch.tensor([scores.rewards[r.info.sample_id] for r in rollouts], device=device)
-        engine_BR = rows({r.info.sample_id: r.logprobs for r in rollouts})
-    else:  # fewer samples than ranks: this one only takes part in the reductions
-        logprobs_BR = reference_BR = values_BR = engine_BR = torch.zeros(0, 0, device=device)
-        scores_B = torch.zeros(0, device=device)
-    _check_finite(rollouts, scores, device)
-    kl_BR = kl_estimate(logprobs_BR, reference_BR, settings.kl_kind)
-    rewards_BR = token_rewards(scores_B, kl_BR, mask_BR, kl_coef)
-    advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, settings.gamma, settings.lam)
-    moments = all_reduce_sum(torch.stack(masked_moments(advantages_BR, mask_BR)))
-    count, total, squares = moments.unbind()
-    advantages_BR = whiten_with_moments(advantages_BR, mask_BR, count, total, squares)
-    experiences = [
-        Experience(
-            rollout=rollout,
-            old_logprobs=scores.logprobs[rollout.info.sample_id],
-            advantages=advantages_BR[i, : rollout.info.response_tokens].cpu().numpy(),
-            returns=returns_BR[i, : rollout.info.response_tokens].cpu().numpy(),
-            old_values=scores.values[rollout.info.sample_id],
-        )
-        for i, rollout in enumerate(rollouts)
-    ]
-    metrics = _estimate_metrics(rollouts, scores_B, kl_BR, mask_BR, logprobs_BR, engine_BR)
-    return experiences, metrics | {"value/explained_variance": _explained_variance(returns_BR, values_BR, mask_BR)}
+    blocks: np.ndarray
+    """int32 [blocks, L]: all text there is"""
+    rows: Sequence[Sequence[int]]
+    """for each minibatch, which blocks this rank learns from"""
+    measure: bool = False
+    """Measure both parts' gradient norms on the first minibatch."""
 
 
 def update_policy(
@@ -117,35 +73,84 @@ def update_policy(
     spare: Experience,
     settings: UpdateSettings,
     learning_rate: float,
+    text: TextShare | None = None,
 ) -> dict[str, float]:
     """PPO's clipped loss (Schulman et al. 2017, eq. 7), one optimizer step per minibatch.
+
+    With `text` it is PPO-ptx (Ouyang et al. 2022, eq. 2): `ptx_coef` times the text's language-modelling loss joins
+    in; each is a token mean of its own over the global minibatch, and the gradients add up before the one step.
 
     Args:
         minibatches: for each minibatch, which of `experiences` this rank works on; all ranks have equally many.
 
     Raises:
         TrainingError: when the first minibatch, before any update, does not see ratio 1: the passes that made the
-            old and the new log-probs then differ in something they should not.
+            old and the new log-probs then differ in something they should not. With `old_from_rollout`, when engine
+            and trainer differ by more than `first_ratio`.
     """
 
-    def loss(module: Module, batch: ExperienceBatch, tokens: float, stats: _Stats) -> Tensor:
-        logprobs = module(
-            **batch.batch.layout.inputs, positions=batch.batch.positions, temperature=settings.temperature
-        )
-        value, parts = ppo_policy_loss(
-            logprobs, batch.old_logprobs, batch.advantages, batch.mask, settings.clip, denominator=tokens
-        )
-        stats.add(parts, ("clip_fraction", "ratio_mean", "approx_kl"))
-        log_ratio = (logprobs.detach() - batch.old_logprobs).abs()
-        stats.add({"abs_log_ratio": log_ratio[batch.mask].sum() / tokens}, ("abs_log_ratio",))
-        ratio = float(parts["max_abs_log_ratio"])
-        stats.maximum = max(stats.maximum, math.inf if math.isnan(ratio) else ratio)  # max() would drop a NaN
-        return value
+    def loss(module: Module, batch: ExperienceBatch | LanguageBatch, totals: _Totals, stats: _Stats) -> Tensor:
+        if isinstance(batch, LanguageBatch):
+            value = LanguageTask.loss(module, batch, totals.text_tokens)
+            stats.add({"ptx_loss": value})
+            return settings.ptx_coef * value
+        return _policy_loss(module, batch, settings, totals.tokens, stats)
 
-    metrics = _update(learner, experiences, minibatches, spare, settings, learning_rate, loss, check_ratio=True)
-    metrics["approx_kl_per_token"] = metrics.pop("approx_kl")
-    del metrics["abs_log_ratio"]
-    return {f"policy/{name}": value for name, value in metrics.items()}
+    names = [*POLICY_STATS, "ptx_loss"] if text else POLICY_STATS
+    update = _Update(learner, experiences, spare, settings, learning_rate, loss, names)
+    for number, rows in enumerate(minibatches):
+        done = update.minibatch(rows, text, number)
+        if number == 0:
+            _check_first_ratio(done, settings)
+        if settings.kl_stop is not None and done["approx_kl"] * done["tokens"] > settings.kl_stop * done["responses"]:
+            break
+    return _policy_metrics(update, settings, text)
+
+
+def _policy_metrics(update: _Update, settings: UpdateSettings, text: TextShare | None) -> dict[str, float]:
+    means, first = update.means(), update.history[0]
+    metrics = {f"policy/{name}": means[name] for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean")}
+    metrics |= {
+        "policy/approx_kl_per_token": means["approx_kl"],
+        "policy/first_log_ratio_max": first["max_abs_log_ratio"],
+        "policy/minibatches": float(len(update.history)),
+    }
+    if settings.old_from_rollout:
+        metrics["rollout/logprob_gap"] = first["abs_log_ratio"]
+        metrics["rollout/logprob_gap_max"] = first["max_abs_log_ratio"]
+    if text is not None:
+        metrics["ptx/loss"] = means["ptx_loss"]
+    if text is not None and text.measure:
+        metrics |= {"ptx/grad_norm": first["rest_norm"], "policy/ppo_grad_norm": first["first_norm"]}
+    return metrics
+
+
+def _policy_loss(
+    module: Module, batch: ExperienceBatch, settings: UpdateSettings, tokens: float, stats: _Stats
+) -> Tensor:
+    rollouts = batch.batch
+    logprobs = module(**rollouts.layout.inputs, positions=rollouts.positions, temperature=settings.temperature)
+    log_ratio = logprobs.detach() - batch.old_logprobs
+    weights = batch.weights
+    if settings.old_from_rollout and settings.importance_cap is not None:
+        # The ratio is itself the importance weight; this factor makes it min(ratio, cap).
+        weights = (math.log(settings.importance_cap) - log_ratio).clamp(max=0.0).exp()
+    value, parts = ppo_policy_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.mask,
+        settings.clip,
+        settings.dual_clip,
+        weights,
+        denominator=tokens,
+    )
+    mean = log_ratio.abs()[batch.mask].sum() / max(tokens, 1.0)
+    stats.add({"loss": value, "abs_log_ratio": mean})
+    stats.add({name: parts[name] for name in ("clip_fraction", "ratio_mean", "approx_kl")})
+    ratio = float(parts["max_abs_log_ratio"])
+    stats.maximum = max(stats.maximum, math.inf if math.isnan(ratio) else ratio)  # max() would drop a NaN
+    return value
 
 
 def update_value(
@@ -158,133 +163,103 @@ def update_value(
 ) -> dict[str, float]:
     """Half the clipped squared error to the returns; otherwise as `update_policy`."""
 
-    def loss(module: Module, batch: ExperienceBatch, tokens: float, stats: _Stats) -> Tensor:
-        values = module(**batch.batch.layout.inputs, positions=batch.batch.positions - 1)
+    def loss(module: Module, batch: ExperienceBatch, totals: _Totals, stats: _Stats) -> Tensor:
+        rollouts = batch.batch
+        values = module(**rollouts.layout.inputs, positions=rollouts.positions - 1)
+        assert batch.old_values is not None
+        assert batch.returns is not None
         value, parts = ppo_value_loss(
-            values, batch.old_values, batch.returns, batch.mask, settings.clip, denominator=tokens
+            values, batch.old_values, batch.returns, batch.mask, settings.clip, denominator=totals.tokens
         )
-        stats.add(parts, ("clip_fraction",))
+        stats.add({"loss": value, "clip_fraction": parts["clip_fraction"]})
         return value
 
-    metrics = _update(learner, experiences, minibatches, spare, settings, learning_rate, loss, check_ratio=False)
-    return {f"value/{name}": value for name, value in metrics.items()}
+    update = _Update(learner, experiences, spare, settings, learning_rate, loss, ("loss", "clip_fraction"))
+    for number, rows in enumerate(minibatches):
+        update.minibatch(rows, None, number)
+    means = update.means()
+    return {f"value/{name}": means[name] for name in ("loss", "grad_norm", "clip_fraction")}
 
 
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Of one minibatch, over all ranks: what its losses are divided by."""
+
+    tokens: float
+    """response tokens trained on"""
+    responses: float
+    text_tokens: float
+
+
+@dataclass(slots=True)
 class _Stats:
     """This rank's sums of the token means that a loss reports, over the micro-batches of one minibatch."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.maximum = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+    maximum: float = 0.0
 
-    def add(self, parts: dict[str, Tensor], names: Sequence[str]) -> None:
-        for name in names:
-            self.sums[name] = self.sums.get(name, 0.0) + float(parts[name])
+    def add(self, parts: dict[str, Tensor]) -> None:
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
 
 
-def _update(
-    learner: Learner,
-    experiences: Sequence[Experience],
-    minibatches: Sequence[Sequence[int]],
-    spare: Experience,
-    settings: UpdateSettings,
-    learning_rate: float,
-    loss: Callable[[Module, ExperienceBatch, float, _Stats], Tensor],
-    check_ratio: bool,
-) -> dict[str, float]:
-    dummy = dummy_experience(spare, learner.device)
-    totals: dict[str, float] = {}
-    for number, rows in enumerate(minibatches):
-        mine = [experiences[i] for i in rows]
-        local = torch.tensor(float(sum(e.rollout.info.response_tokens for e in mine)), device=learner.device)
-        tokens = float(all_reduce_sum(local))
-        stats = _Stats()
+@dataclass
+class _Update:
+    """One step's minibatches: the loop that policy and value share."""
+
+    learner: Learner
+    experiences: Sequence[Experience]
+    spare: Experience
+    settings: UpdateSettings
+    learning_rate: float
+    loss: Callable[[Module, Any, _Totals, _Stats], Tensor]
+    names: Sequence[str]
+    """what `loss` adds to the stats; the same on every rank"""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def minibatch(self, rows: Sequence[int], text: TextShare | None, number: int) -> dict[str, float]:
+        """One optimizer step; what it measured, over all ranks."""
+        learner, device = self.learner, self.learner.device
+        mine = [self.experiences[i] for i in rows]
+        blocks = [LMExample(text.blocks[i], 0, "") for i in text.rows[number]] if text else []
+        totals, stats = self._totals(mine, blocks), _Stats()
         step = learner.train_step(
-            lambda module, batch, t=tokens, s=stats: loss(module, batch, t, s),
-            cut_experiences(mine, settings.cutting, learner.device),
-            dummy,
-            learning_rate,
+            lambda module, batch: self.loss(module, batch, totals, stats),
+            cut_experiences(mine, self.settings.cutting, device),
+            dummy_experience(self.spare, device),
+            self.learning_rate,
+            rest=language_batches(blocks, self.settings.cutting, device),
+            measure=text is not None and text.measure and number == 0,
         )
-        if check_ratio and number == 0:
-            _check_first_ratio(stats, settings, learner.device)
         # Shares of a global mean add up over ranks: reduce_means' count is spread so that it sums to one.
         share = 1.0 / learner.world_size
-        reduced = reduce_means(
-            {name: (value, share) for name, value in {**stats.sums, "loss": step["loss"]}.items()}, learner.device
-        )
-        for name, value in {**reduced, "grad_norm": step["grad_norm"]}.items():
-            totals[name] = totals.get(name, 0.0) + value
-    return {name: value / len(minibatches) for name, value in totals.items()}
+        reduced = reduce_means({name: (stats.sums.get(name, 0.0), share) for name in self.names}, device)
+        reduced |= {name: value for name, value in step.items() if name != "loss"}
+        reduced["max_abs_log_ratio"] = all_reduce_max(stats.maximum, device)
+        reduced["responses"], reduced["tokens"] = totals.responses, totals.tokens
+        self.history.append(reduced)
+        return reduced
+
+    def means(self) -> dict[str, float]:
+        """Over the minibatches so far."""
+        common = [*self.names, "grad_norm"]
+        return {name: sum(step[name] for step in self.history) / len(self.history) for name in common}
+
+    def _totals(self, mine: Sequence[Experience], blocks: Sequence[LMExample]) -> _Totals:
+        trained = [e.rollout.info.response_tokens for e in mine if e.trained]
+        local = [sum(trained), len(trained), sum(len(b.tokens) - 1 for b in blocks)]
+        totals = all_reduce_sum(torch.tensor(local, dtype=torch.float64, device=self.learner.device))
+        return _Totals(*totals.tolist())
 
 
-def _check_first_ratio(stats: _Stats, settings: UpdateSettings, device: torch.device) -> None:
-    worst = all_reduce_max(stats.maximum, device)
-    mean = float(all_reduce_sum(torch.tensor(stats.sums.get("abs_log_ratio", 0.0), device=device)))
-    # Written so that a NaN does not pass.
-    if not (worst <= settings.first_log_ratio_max and mean <= settings.first_log_ratio_mean):
+def _check_first_ratio(reduced: dict[str, float], settings: UpdateSettings) -> None:
+    largest, mean = reduced["max_abs_log_ratio"], reduced["abs_log_ratio"]
+    if settings.old_from_rollout:
+        check_gap(largest, mean, settings.first_ratio)
+    elif not settings.first_ratio.hold(largest, mean):
+        limits = settings.first_ratio
         raise TrainingError(
-            f"the first minibatch saw log ratios up to {worst:.3g} (mean {mean:.3g}) where they must be 0 (allowed "
-            f"{settings.first_log_ratio_max:.3g}, mean {settings.first_log_ratio_mean:.3g})",
+            f"the first minibatch saw log ratios up to {largest:.3g} (mean {mean:.3g}) where they must be 0 (allowed "
+            f"{limits.largest:.3g}, mean {limits.mean:.3g})",
             "old and new log-probs come from different weights, positions, temperature or dropout",
         )
-
-
-def _check_finite(rollouts: Sequence[Rollout], scores: Scores, device: torch.device) -> None:
-    bad = ""
-    for sample in (r.info.sample_id for r in rollouts):
-        parts: dict[str, np.ndarray] = {
-            "reward": np.asarray(scores.rewards[sample]),
-            "log-prob": scores.logprobs[sample],
-            "reference log-prob": scores.reference_logprobs[sample],
-            "value": scores.values[sample],
-        }
-        for name, numbers in parts.items():
-            if not np.isfinite(numbers).all():
-                bad = f"the {name} of sample {sample} is not finite"
-    if all_reduce_max(1.0 if bad else 0.0, device):  # all ranks stop, or the others would wait for this one
-        raise TrainingError(bad or "a number on another rank is not finite", "see the logs of the role it comes from")
-
-
-def _estimate_metrics(
-    rollouts: Sequence[Rollout],
-    scores_B: Tensor,
-    kl_BR: Tensor,
-    mask_BR: Tensor,
-    logprobs_BR: Tensor,
-    engine_BR: Tensor,
-) -> dict[str, float]:
-    responses, tokens = float(len(rollouts)), float(mask_BR.sum())
-    kl = float(kl_BR[mask_BR].double().sum())
-    gap = (logprobs_BR - engine_BR)[mask_BR].double().abs()
-    sums = {
-        # E[-log pi] under pi is the entropy: the sampled tokens estimate it without a pass over the vocabulary.
-        "policy/entropy": (-float(logprobs_BR[mask_BR].double().sum()), tokens),
-        "reward/mean": (float(scores_B.double().sum()), responses),
-        "reward/square": (float(scores_B.double().square().sum()), responses),
-        "kl/mean": (kl, responses),
-        "kl/per_token": (kl, tokens),
-        "response/length_mean": (tokens, responses),
-        "response/truncated_fraction": (float(sum(r.info.truncated for r in rollouts)), responses),
-        "rollout/logprob_gap": (float(gap.sum()), tokens),
-    }
-    metrics = reduce_means(sums, scores_B.device)
-    metrics["reward/std"] = max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2) ** 0.5
-    metrics["rollout/logprob_gap_max"] = all_reduce_max(float(gap.max()) if len(gap) else 0.0, scores_B.device)
-    return metrics
-
-
-def _explained_variance(returns_BR: Tensor, values_BR: Tensor, mask_BR: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the valid tokens of all ranks."""
-
-    def variance(x: Tensor) -> float:
-        count, total, squares = (float(m) for m in all_reduce_sum(torch.stack(masked_moments(x, mask_BR))))
-        return max(0.0, squares / count - (total / count) ** 2) if count else 0.0
-
-    residual, spread = variance(returns_BR - values_BR), variance(returns_BR)
-    return 1.0 - residual / spread if spread > 0 else float("nan")
-
-
-def _mask(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """bool [B, R]: True on each row's first `length` positions."""
-    widest = max(lengths, default=0)
-    return torch.arange(widest, device=device)[None, :] < torch.tensor(lengths, device=device).reshape(-1, 1)

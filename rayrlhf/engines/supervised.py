@@ -23,7 +23,7 @@ from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.engines.schedule import cosine_with_warmup
 
-__all__ = ["LanguageTask", "RankingTask", "Task", "TrainSettings", "train"]
+__all__ = ["LanguageBatch", "LanguageTask", "RankingTask", "Task", "TrainSettings", "language_batches", "train"]
 
 M = TypeVar("M")
 Module = Callable[..., Tensor]
@@ -112,7 +112,7 @@ def _batches(examples: int, settings: TrainSettings) -> Iterator[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _LanguageBatch:
+class LanguageBatch:
     layout: Layout
     positions: Tensor
     """int64 [N]: the tokens learned, never a sequence's first"""
@@ -125,17 +125,18 @@ class LanguageTask:
         self.examples = examples
         self.sizes = [len(e.tokens) for e in examples]
 
-    def cut(self, rows: Sequence[int], cutting: Cutting, device: torch.device) -> list[_LanguageBatch]:
-        return _language_batches([self.examples[i] for i in rows], cutting, device)
+    def cut(self, rows: Sequence[int], cutting: Cutting, device: torch.device) -> list[LanguageBatch]:
+        return language_batches([self.examples[i] for i in rows], cutting, device)
 
-    def dummy(self, device: torch.device) -> _LanguageBatch:
+    def dummy(self, device: torch.device) -> LanguageBatch:
         shortest = min(self.examples, key=lambda e: len(e.tokens))
-        return _language_batches([shortest], Cutting(len(shortest.tokens)), device)[0]
+        return language_batches([shortest], Cutting(len(shortest.tokens)), device)[0]
 
     def denominator(self, rows: Sequence[int]) -> float:
         return float(sum(self.sizes[i] - _first_learned(self.examples[i]) for i in rows))
 
-    def loss(self, module: Module, micro_batch: _LanguageBatch, denominator: float) -> Tensor:
+    @staticmethod
+    def loss(module: Module, micro_batch: LanguageBatch, denominator: float) -> Tensor:
         logprobs = module(**micro_batch.layout.inputs, positions=micro_batch.positions)
         return lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
 
@@ -152,12 +153,13 @@ class LanguageTask:
         return loss / count
 
 
-def _language_batches(examples: Sequence[LMExample], cutting: Cutting, device: torch.device) -> list[_LanguageBatch]:
+def language_batches(examples: Sequence[LMExample], cutting: Cutting, device: torch.device) -> list[LanguageBatch]:
+    """Micro-batches of `examples`, none for none."""
     batches = []
     for layout in lay_out([[e.tokens] for e in examples], cutting, device):
         mine = [examples[i] for i in layout.units]
         positions = spans(layout.starts, [_first_learned(e) for e in mine], [len(e.tokens) for e in mine])
-        batches.append(_LanguageBatch(layout, positions))
+        batches.append(LanguageBatch(layout, positions))
     return batches
 
 

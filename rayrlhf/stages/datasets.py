@@ -100,6 +100,11 @@ class Datasets:
         pairs = dict(sorted(_pairs_by_source(heldout).items()))
         return Split(split.train, split.heldout, split.counts | {"implied": implied, "heldout_pairs": pairs})
 
+    @property
+    def uses_text(self) -> bool:
+        """Whether PPO learns from text too."""
+        return bool(self._config.ppo.ptx.coef)
+
     @cached_property
     def prompts(self) -> tuple[list[PromptTokens], dict[str, Any]]:
         data = self._config.data

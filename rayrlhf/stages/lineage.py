@@ -96,7 +96,10 @@ class Lineage:
 
     def _collect(self, stage: StageName) -> dict[str, Any]:
         config = self._config
-        sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in SOURCES[stage]}
+        names = SOURCES[stage]
+        if stage == "ppo" and config.ppo.ptx.coef:
+            names += ("text",)
+        sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in names}
         roles = ("train",) if stage != "ppo" else ("policy", "reference", "reward", "value", "rollout")
         limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
         return {

@@ -10,20 +10,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import psutil
 import ray
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
 from rayrlhf.actors.placement import plan_ppo
-from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, memory_per_role
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan, memory_per_role
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.data.batching import Cutting
 from rayrlhf.driver.loop import Parts, run_ppo
-from rayrlhf.driver.pacing import PromptStream, SyncPacing
+from rayrlhf.driver.pacing import PromptStream, SyncPacing, TextStream
 from rayrlhf.engines.deepspeed import LearnerSettings
-from rayrlhf.engines.learning import EstimateSettings, UpdateSettings
+from rayrlhf.engines.estimation import EstimateSettings, GapLimits
+from rayrlhf.engines.learning import UpdateSettings
 from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.errors import ActorError
@@ -44,8 +46,12 @@ HOLD_SHARED_MEMORY = ("policy", "rollout")
 CLOSE_S = 3.0
 # Before the first update of a step old and new log-probs come from the same weights, and on the first step of a run
 # policy and reference are the same model. float32 leaves room for the order of summation only, bfloat16 for rounding.
-FIRST_LOG_RATIO_MAX = {"float32": 1e-4, "bfloat16": math.inf}
-FIRST_LOG_RATIO_MEAN = {"float32": 1e-4, "bfloat16": 0.02}
+FIRST_RATIO = {"float32": GapLimits(1e-4, 1e-4), "bfloat16": GapLimits(math.inf, 0.02)}
+# Engine and trainer compute the same function with other kernels.
+MAX_LOGPROB_GAP = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+ACTORS = {"policy": PolicyActor, "reference": ReferenceActor, "reward": RewardActor, "value": ValueActor}
 
 
 def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -63,6 +69,11 @@ class _Run:
         self.parents = parents
         self.workspace = workspace
         self.groups: dict[str, ActorGroup] = {}
+        limit = self.config.rollout.max_logprob_gap or MAX_LOGPROB_GAP[self.config.model.dtype]
+        is_float32 = self.config.model.dtype == "float32"
+        self.gap = GapLimits(largest=limit) if is_float32 else GapLimits(mean=limit)
+        recomputes = self.config.ppo.old_logprobs == "recompute"
+        self.first_ratio = FIRST_RATIO[self.config.model.dtype] if recomputes else self.gap
 
     async def run(self) -> dict[str, Any]:
         start = perf_counter()
@@ -87,14 +98,15 @@ class _Run:
             self.groups[placement.role] = ActorGroup(placement, config.cluster.call_timeout_s)
         prompts, _ = self.context.data.prompts
         prompts_handle = ray.put(prompts)
-        classes = {"policy": PolicyActor, "reference": ReferenceActor, "reward": RewardActor, "value": ValueActor}
 
         async def start_model(role: str) -> None:
             group, settings = self.groups[role], self._model_settings(role)
             logs = [(self.context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
-            await group.spawn(classes[role], logs, timeout)
+            await group.spawn(ACTORS[role], logs, timeout)
             meeting = await group.rendezvous(config.cluster.device, timeout)
             await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
+            if role == "policy" and self.context.data.uses_text:
+                await group.call("hold_text", ray.put(self._text_blocks()))
 
         async def start_engines() -> None:
             group, settings = self.groups["rollout"], self._engine_settings()
@@ -102,31 +114,20 @@ class _Run:
             await group.spawn(RolloutActor, logs, timeout)
             await group.call("start", prompts_handle, timeout_s=timeout)
 
-        await asyncio.gather(start_engines(), *(start_model(role) for role in classes))
+        await asyncio.gather(start_engines(), *(start_model(role) for role in ACTORS if role in self.groups))
 
     async def _loop(self, progress: StageProgress) -> None:
         config, ppo = self.config, self.config.ppo
         clock = StepClock(self.workspace / "trace.json", progress.phase)
         prompts, _ = self.context.data.prompts
-        stream = PromptStream([p.prompt_id for p in prompts], config.run.seed)
+        stream = PromptStream([p.prompt_id for p in prompts], config.run.seed, ppo.samples_per_prompt)
         publisher = WeightPublisher(self._probe_rows(), config.model.dtype, config.weights.probe_tolerance)
         pool = EnginePool(self.groups["rollout"], self.groups["policy"], publisher)
-        learners = LearnerRoles(
-            self.groups["policy"],
-            self.groups["value"],
-            ppo.minibatch_size,
-            ppo.epochs,
-            config.run.seed,
-            FIRST_LOG_RATIO_MEAN[config.model.dtype],
-            lambda step: (
-                linear_warmup(step, ppo.learning_rate, ppo.warmup_steps),
-                linear_warmup(step, ppo.value_learning_rate, ppo.warmup_steps),
-            ),
-        )
+        learners = LearnerRoles(self.groups["policy"], self.groups.get("value"), self._step_plan())
         sink = _StageSink(self.context, progress, ppo.steps, self.workspace)
         parts = Parts(
             rollout=pool,
-            scorers=ScorerRoles([self.groups[r] for r in ("policy", "reference", "reward", "value")]),
+            scorers=ScorerRoles([self.groups[role] for role in self._scoring_roles()]),
             learners=learners,
             weights=pool,
             checkpoints=PolicySaver(self.groups, self.context, config.checkpoint),
@@ -141,6 +142,36 @@ class _Run:
             clock.close()
             sink.close()
 
+    def _scoring_roles(self) -> list[str]:
+        """All models there are, but the policy where the engine's log-probs stand for its own."""
+        without = "policy" if self.config.ppo.old_logprobs == "rollout" else ""
+        return [role for role in ACTORS if role in self.groups and role != without]
+
+    def _step_plan(self) -> StepPlan:
+        config, ppo = self.config, self.config.ppo
+        text = None
+        if self.context.data.uses_text:
+            stream = TextStream(len(self.context.data.pretrain.train), config.run.seed)
+            text = TextPlan(stream, ppo.ptx.examples_per_episode, ppo.ptx.norms_every)
+
+        def rates(step: int) -> tuple[float, float]:
+            value = linear_warmup(step, ppo.value_learning_rate, ppo.warmup_steps)
+            return linear_warmup(step - ppo.value_warmup_steps, ppo.learning_rate, ppo.warmup_steps), value
+
+        return StepPlan(
+            minibatch_size=ppo.minibatch_size,
+            epochs=ppo.epochs,
+            seed=config.run.seed,
+            samples_per_prompt=ppo.samples_per_prompt,
+            value_warmup_steps=ppo.value_warmup_steps,
+            first_kl_limit=min(self.first_ratio.largest, self.first_ratio.mean),
+            learning_rates=rates,
+            text=text,
+        )
+
+    def _text_blocks(self) -> np.ndarray:
+        return np.stack([example.tokens for example in self.context.data.pretrain.train])
+
     async def _gauges(self) -> dict[str, float]:
         memory = await memory_per_role(list(self.groups.values()))
         return memory | {"memory/driver_gib": psutil.Process().memory_info().rss / 2**30}
@@ -148,7 +179,6 @@ class _Run:
     async def _save_final(self) -> None:
         saver = PolicySaver(self.groups, self.context, self.config.checkpoint)
         await saver.save_to(self.workspace)
-        self.context.data.tokenizer.save_pretrained(self.workspace / "model")
 
     async def _stop_actors(self) -> None:
         async def give_back(role: str) -> None:
@@ -205,24 +235,50 @@ class _Run:
             zero_stage=ppo.frozen_zero_stage if frozen else ppo.zero_stage,
             temperature=config.rollout.temperature,
             learner=None if frozen else self._learner(role),
-            estimate=EstimateSettings(ppo.kl.kind, ppo.gamma, ppo.lam),
-            update=UpdateSettings(
-                clip=ppo.clip if role == "policy" else ppo.value_clip,
-                cutting=cutting,
-                temperature=config.rollout.temperature,
-                first_log_ratio_max=FIRST_LOG_RATIO_MAX[config.model.dtype],
-                first_log_ratio_mean=FIRST_LOG_RATIO_MEAN[config.model.dtype],
-            ),
+            estimate=self._estimate_settings(),
+            update=self._update_settings(ppo.clip if role == "policy" else ppo.value_clip, cutting),
             transport=config.weights.transport,
             bucket_bytes=int(config.weights.bucket_mib * 2**20),
             run=config.run.name,
             samples=config.tracking.samples_per_step,
         )
 
+    def _estimate_settings(self) -> EstimateSettings:
+        ppo = self.config.ppo
+        return EstimateSettings(
+            kl_kind=ppo.kl.kind,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            advantage=ppo.advantage,
+            group_size=ppo.samples_per_prompt,
+            normalize=ppo.score.normalize == "batch",
+            score_clip=ppo.score.clip,
+            truncated=ppo.truncated.treatment,
+            truncated_value=ppo.truncated.value or 0.0,
+            old_from_rollout=ppo.old_logprobs == "rollout",
+            importance_cap=ppo.importance_cap,
+            gap=self.gap,
+        )
+
+    def _update_settings(self, clip: float, cutting: Cutting) -> UpdateSettings:
+        ppo = self.config.ppo
+        return UpdateSettings(
+            clip=clip,
+            cutting=cutting,
+            temperature=self.config.rollout.temperature,
+            dual_clip=ppo.dual_clip,
+            kl_stop=ppo.kl.stop,
+            old_from_rollout=ppo.old_logprobs == "rollout",
+            importance_cap=ppo.importance_cap,
+            first_ratio=self.first_ratio,
+            ptx_coef=ppo.ptx.coef,
+        )
+
     def _learner(self, role: str) -> LearnerSettings:
         ppo = self.config.ppo
-        rate = ppo.learning_rate if role == "policy" else ppo.value_learning_rate
-        return learner_settings(self.config, ppo.adam, ppo.zero_stage, rate)
+        if role == "policy":
+            return learner_settings(self.config, ppo.adam, ppo.zero_stage, ppo.learning_rate, ppo.ema)
+        return learner_settings(self.config, ppo.adam, ppo.zero_stage, ppo.value_learning_rate)
 
 
 class _StageSink:

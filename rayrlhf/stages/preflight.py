@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config, check_context
 from rayrlhf.config.data import SOURCE_FIELDS
 from rayrlhf.config.run import StageName
@@ -42,6 +43,8 @@ def check_models(config: Config) -> None:
     if config.weights.transport not in TRANSPORTS:
         known = ", ".join(sorted(TRANSPORTS))
         raise ConfigError(f"weights.transport: no transport {config.weights.transport!r}", f"one of {known}")
+    if "ppo" in config.stages():
+        _check_advantage(config)
     named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
     for key, path in named.items():
         if path is not None:
@@ -52,6 +55,24 @@ def check_models(config: Config) -> None:
         _check_head_size(config)
     if config.reward.path is not None and "ppo" in config.stages():
         _check_reward_model(config, absolute(config.reward.path))
+
+
+def _check_advantage(config: Config) -> None:
+    ppo = config.ppo
+    if ppo.advantage not in ESTIMATORS:
+        raise ConfigError(f"ppo.advantage: no estimator {ppo.advantage!r}", f"one of {', '.join(sorted(ESTIMATORS))}")
+    if ESTIMATORS[ppo.advantage].needs_values:
+        return
+    if ppo.samples_per_prompt < 2:
+        raise ConfigError(
+            f"ppo.advantage {ppo.advantage} compares the responses to a prompt, and ppo.samples_per_prompt is 1",
+            "set ppo.samples_per_prompt to 4 or more",
+        )
+    if ppo.value_warmup_steps:
+        raise ConfigError(
+            f"ppo.value_warmup_steps is {ppo.value_warmup_steps}, but ppo.advantage {ppo.advantage} has no value model",
+            "set it to 0",
+        )
 
 
 def _check_model(config: Config, key: str, path: str) -> None:
@@ -89,7 +110,9 @@ def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dic
     counts: dict[StageName, dict[str, int]] = {}
     for stage in todo:
         if stage == "ppo":
-            counts[stage] = data.prompts[1]
+            counts[stage] = dict(data.prompts[1])
+            if data.uses_text:
+                counts[stage]["text_blocks"] = len(data.pretrain.train)
         else:
             split: Split = getattr(data, stage)
             counts[stage] = split.counts

@@ -128,7 +128,9 @@ class _Run:
             self._replay(context, artifact)
         if stage == "ppo":
             # Copies, not links: whoever edits the run's model must not change the artifact that other runs reuse.
-            shutil.copytree(artifact.folder / "model", self.folder / "model", dirs_exist_ok=True)
+            for model in ("model", "model_ema"):
+                if (artifact.folder / model).is_dir():
+                    shutil.copytree(artifact.folder / model, self.folder / model, dirs_exist_ok=True)
             shutil.copy2(artifact.folder / "trace.json", self.folder / "trace.json")
         return {**artifact.result, "cached": cached, "key": key, "parents": parents}
 

@@ -17,13 +17,14 @@ __all__ = ["PolicySaver"]
 
 
 class PolicySaver:
-    """`checkpoints/step-000010/{model,value}` in Hugging Face format; a folder is there whole or not at all."""
+    """`checkpoints/step-000010/{model,value,...}` in Hugging Face format; a folder is there whole or not at all."""
 
     def __init__(self, groups: Mapping[str, ActorGroup], context: StageContext, config: CheckpointConfig) -> None:
         self._groups = groups
         self._context = context
         self._config = config
         self._folder = context.folder / "checkpoints"
+        self._models = {role: name for role, name in (("policy", "model"), ("value", "value")) if role in groups}
 
     async def save_if_due(self, step: int) -> None:
         if not self._config.every or step % self._config.every:
@@ -32,7 +33,6 @@ class PolicySaver:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         await self.save_to(partial)
-        self._context.data.tokenizer.save_pretrained(partial / "model")
         (partial / "manifest.json").write_text(json.dumps({"step": step}), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -40,9 +40,11 @@ class PolicySaver:
             shutil.rmtree(old)
 
     async def save_to(self, folder: Path) -> None:
-        """Both models at once, each written by its rank 0."""
+        """All models that learn at once, each written by its rank 0; then the policy's average, and tokenizers."""
         target = folder.resolve()
-        await asyncio.gather(
-            self._groups["policy"].call("save", str(target / "model")),
-            self._groups["value"].call("save", str(target / "value")),
-        )
+        calls = [self._groups[role].call("save", str(target / name)) for role, name in self._models.items()]
+        await asyncio.gather(*calls)
+        if self._context.config.ppo.ema:
+            await self._groups["policy"].call("save_average", str(target / "model_ema"))
+            self._context.data.tokenizer.save_pretrained(target / "model_ema")
+        self._context.data.tokenizer.save_pretrained(target / "model")

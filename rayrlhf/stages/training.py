@@ -95,7 +95,9 @@ def run_training(
     return result
 
 
-def learner_settings(config: Config, adam: Adam, zero_stage: int, learning_rate: float) -> LearnerSettings:
+def learner_settings(
+    config: Config, adam: Adam, zero_stage: int, learning_rate: float, average: float | None = None
+) -> LearnerSettings:
     """What a DeepSpeed learner of any stage needs of the config."""
     return LearnerSettings(
         zero_stage=zero_stage,
@@ -106,6 +108,7 @@ def learner_settings(config: Config, adam: Adam, zero_stage: int, learning_rate:
         eps=adam.eps,
         weight_decay=adam.weight_decay,
         grad_clip=adam.grad_clip,
+        average=average,
     )
 
 

@@ -44,6 +44,9 @@ MAX_NORM = 1.0
 # to which "relative to the largest entry" does not apply.
 NO_GRADIENT = {("reward", "gpt2"): "transformer.ln_f.bias"}
 NORMALISATION = (0.3, 1.7)
+PTX_COEF = 2.5
+BLOCKS = np.random.default_rng(17).integers(2, VOCAB, (6, 12)).astype(np.int32)
+TEXT_ROWS = [5, 0, 3]
 KL_COEF, GAMMA, LAM = 0.1, 0.99, 0.95
 STAGES = [0, 1, 2, 3]
 # One row at a time, a few, all at once; and the optimizer that steps. Padded rows, then packed ones.
@@ -176,6 +179,14 @@ def expected_policy(architecture: str, tied: bool, kind: str) -> reference.Step:
     return reference.policy_step(lm, optimizer(lm, kind), batch, CLIP, TEMPERATURE, max_norm=MAX_NORM)
 
 
+def expected_ptx(architecture: str, tied: bool, kind: str) -> reference.Step:
+    """PPO-ptx: the policy's step with pretraining text in it."""
+    lm = yardstick(policy(architecture, tied).lm)
+    batch = [reference.PPOExample.of(e) for e in experiences(architecture, tied)]
+    text = [reference.Sample(torch.tensor(BLOCKS[i]).long(), 0) for i in TEXT_ROWS]
+    return reference.policy_step(lm, optimizer(lm, kind), batch, CLIP, TEMPERATURE, text, PTX_COEF, max_norm=MAX_NORM)
+
+
 def expected_sft(architecture: str, tied: bool, kind: str) -> reference.Step:
     lm = yardstick(policy(architecture, tied).lm)
     batch = [reference.Sample(torch.tensor(e.tokens).long(), e.prompt_tokens) for e in demonstrations()]
@@ -218,6 +229,7 @@ class Task:
 
 TASKS = {
     "policy": Task(policy, list(HEADS), expected_policy),
+    "ptx": Task(policy, list(HEADS), expected_ptx),
     "sft": Task(policy, list(HEADS), expected_sft),
     "value": Task(lambda architecture, tied: value_model(architecture), ["untied"], expected_value),
     "reward": Task(lambda architecture, tied: scalar(architecture), ["untied"], expected_reward),
@@ -250,21 +262,33 @@ def deal(rows: list[int], sizes: list[int], world: int, uneven: bool) -> list[li
     return [[rows[i] for i in share] for share in balance([sizes[i] for i in rows], world)]
 
 
-def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: tuple[int, bool]) -> tuple[float, float]:
-    """One optimizer step of the product; (loss, gradient norm)."""
-    from rayrlhf.engines.learning import UpdateSettings, update_policy, update_value
+def run_step(
+    task: str, architecture: str, tied: bool, learner: Any, budget: tuple[int, bool]
+) -> tuple[Any, float, Any]:
+    """One optimizer step of the product; (losses, gradient norm, gradient norms of its parts where measured)."""
+    from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
     from rayrlhf.engines.supervised import LanguageTask, RankingTask, TrainSettings, train
 
     rate = LEARNERS[BUDGETS[budget]].learning_rate
-    if task in ("policy", "value"):
+    if task in ("policy", "ptx", "value"):
         data = experiences(architecture, tied)
         sizes = [e.rollout.info.tokens for e in data]
         mine = deal(list(range(len(data))), sizes, learner.world_size, budget[0] == 64)[learner.rank]
-        update = update_policy if task == "policy" else update_value
-        report = update(learner, data, [mine], data[0], UpdateSettings(CLIP, Cutting(*budget), TEMPERATURE), rate)
-        return report[f"{task}/loss"], report[f"{task}/grad_norm"]
+        settings = UpdateSettings(CLIP, Cutting(*budget), TEMPERATURE, ptx_coef=PTX_COEF)
+        if task == "value":
+            report = update_value(learner, data, [mine], data[0], settings, rate)
+            return {"value": report["value/loss"]}, report["value/grad_norm"], {}
+        text = None
+        if task == "ptx":  # norms of the parts with some cuts and not with others: they must not change the step
+            text = TextShare(BLOCKS, [TEXT_ROWS[learner.rank :: learner.world_size]], measure=budget[1])
+        report = update_policy(learner, data, [mine], data[0], settings, rate, text)
+        losses = {"policy": report["policy/loss"]}
+        if text:
+            losses["ptx"] = PTX_COEF * report["ptx/loss"]
+        parts = {"policy": "policy/ppo_grad_norm", "ptx": "ptx/grad_norm"}
+        return losses, report["policy/grad_norm"], {n: report[k] for n, k in parts.items() if k in report}
     supervised: Any = LanguageTask(demonstrations()) if task == "sft" else RankingTask(rankings())
-    settings = TrainSettings(
+    train_settings = TrainSettings(
         learning_rate=rate,
         batch_size=len(supervised.sizes),
         epochs=1,
@@ -274,8 +298,8 @@ def run_step(task: str, architecture: str, tied: bool, learner: Any, budget: tup
         log_every=1,
         seed=0,
     )
-    record = train(learner, supervised, settings, lambda record: None)
-    return record["loss"], record["grad_norm"]
+    record = train(learner, supervised, train_settings, lambda record: None)
+    return {task: record["loss"]}, record["grad_norm"], {}
 
 
 def new_learner(module: nn.Module, stage: int, kind: str = "adamw") -> Any:
@@ -297,16 +321,16 @@ def updates() -> dict[str, Any]:
                 module = TASKS[task].module(architecture, HEADS[head])
                 learner = new_learner(module, stage, kind)
                 with captured_gradients(learner) as gradients:
-                    loss, norm = run_step(task, architecture, HEADS[head], learner, budget)
+                    losses, norm, parts = run_step(task, architecture, HEADS[head], learner, budget)
                 weights = {n: t.clone() for bucket in learner.named_buckets(module, 4096) for n, t in bucket}
-                results[task, architecture, head, stage, budget] = loss, norm, gradients, weights
+                results[task, architecture, head, stage, budget] = losses, norm, parts, gradients, weights
     return results
 
 
 def estimates(architecture: str, stage: int, rank: int, world: int) -> list[tuple[int, dict[str, Tensor]]]:
     """Four models score the rollouts, then `estimate`; this rank's (sample id, numbers)."""
     from rayrlhf.engines.deepspeed import FrozenModel
-    from rayrlhf.engines.learning import EstimateSettings, estimate
+    from rayrlhf.engines.estimation import EstimateSettings, estimate
     from rayrlhf.engines.scoring import score_logprobs, score_rewards, score_values
 
     def frozen(module: nn.Module) -> FrozenModel:
@@ -386,10 +410,12 @@ def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_an_optimizer_step_is_the_references(case: tuple[str, str, str], stage: int, results, expected) -> None:
     for budget, kind in BUDGETS.items():
         want = expected[*case, kind]
-        loss, norm, gradients, weights = results[1][*case, stage, budget]
+        losses, norm, parts, gradients, weights = results[1][*case, stage, budget]
         gradients, weights = bare(gradients), bare(weights)
         where = f"budget {budget}, {kind}: "
-        assert loss == pytest.approx(want.loss, rel=1e-6), where + "loss"
+        assert losses == pytest.approx(want.losses, rel=1e-6), where + "loss"
+        assert parts == pytest.approx({n: want.gradient_norms[n] for n in parts}, rel=1e-5), where + "norm of a part"
+        assert bool(parts) == (case[0] == "ptx" and budget[1])
         assert norm == pytest.approx(want.gradient_norm, rel=1e-5), where + "gradient norm"
         assert gradients.keys() == want.gradients.keys()
         wanted, wanted_weights = dict(want.gradients), dict(want.weights)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, _deal, memory_per_role
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, _deal, memory_per_role
 from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
@@ -38,7 +38,20 @@ def infos(count: int, seed: int = 0) -> tuple[RolloutInfo, ...]:
 
 
 def roles(policy: Group, value: Group, minibatch_size: int = 4, epochs: int = 2, seed: int = 0) -> LearnerRoles:
-    return LearnerRoles(policy, value, minibatch_size, epochs, seed, 1e-4, lambda step: (0.1 + step, 0.2 + step))
+    return LearnerRoles(policy, value, plan(minibatch_size=minibatch_size, epochs=epochs, seed=seed))
+
+
+def plan(**changes: Any) -> StepPlan:
+    given = {
+        "minibatch_size": 4,
+        "epochs": 2,
+        "seed": 0,
+        "samples_per_prompt": 1,
+        "value_warmup_steps": 0,
+        "first_kl_limit": 1e-4,
+        "learning_rates": lambda step: (0.1 + step, 0.2 + step),
+    }
+    return StepPlan(**given | changes)
 
 
 def minibatches(step: int, seed: int = 0, batch=None, **options) -> list[list[int]]:
@@ -103,7 +116,7 @@ def test_policy_and_value_learn_from_the_same_minibatches_each_dealt_to_its_own_
         ((method, shared, each),) = group.calls
         assert method == "update"
         assert shared == (pytest.approx(rate), "e0", "e1")
-        by_rank = [minibatch_ids for (minibatch_ids,) in each]
+        by_rank = [minibatch_ids for minibatch_ids, _ in each]
         assert {len(ids) for ids in by_rank} == {6}  # ten samples in minibatches of 4: three an epoch, two epochs
         taken.append([sorted(i for ids in by_rank for i in ids[number]) for number in range(6)])
     assert taken[0] == taken[1] == [sorted(cut) for cut in minibatches(1, batch=experience().infos)]

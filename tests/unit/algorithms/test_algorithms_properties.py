@@ -34,6 +34,7 @@ from rayrlhf.algorithms import (
     ppo_value_loss,
     ranking_loss,
     token_rewards,
+    treat_truncated,
     truncated_importance_weights,
     whiten_with_moments,
 )
@@ -105,6 +106,7 @@ CASES: dict[str, Callable[[Draw], object]] = {
     "ppo_value_loss": lambda d: ppo_value_loss(d.tokens(), d.tokens(), d.tokens(), d.mask),
     "ranking_loss": lambda d: ranking_loss(d.extreme(d.n), d.labels(), d.labels()),
     "token_rewards": lambda d: token_rewards(d.extreme(d.b), d.tokens(), d.mask, 0.02),
+    "treat_truncated": lambda d: treat_truncated(d.extreme(d.b), d.mask.any(1), "penalty", 1.5),
     "truncated_importance_weights": lambda d: truncated_importance_weights(d.tokens(), d.tokens(), d.mask),
     "whiten_with_moments": lambda d: whiten_with_moments(d.tokens(), d.mask, *masked_moments(d.tokens(), d.mask)),
 }

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.algorithms import token_rewards
+from rayrlhf.algorithms import token_rewards, treat_truncated
 
 NAN = float("nan")
 quick = settings(max_examples=30, deadline=None)
@@ -63,3 +63,22 @@ def test_no_response_positions_give_an_empty_result() -> None:
 def test_scores_that_do_not_fit_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scores of shape \(2,\)"):
         token_rewards(torch.ones(1), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "expected"),
+    [
+        ("keep", [1.0, -2.0, 3.0]),
+        ("mask", [1.0, -2.0, 3.0]),
+        ("penalty", [1.0, -2.5, 2.5]),
+        ("replace", [1.0, 0.5, 0.5]),
+    ],
+)
+def test_the_score_of_a_cut_response_is_kept_lowered_or_replaced(treatment, expected) -> None:
+    scores, cut = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([False, True, True])
+    assert treat_truncated(scores, cut, treatment, 0.5).tolist() == expected
+
+
+def test_an_unknown_treatment_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 'keep', 'penalty', 'replace' or 'mask'"):
+        treat_truncated(torch.zeros(1), torch.ones(1, dtype=torch.bool), "drop", 1.0)

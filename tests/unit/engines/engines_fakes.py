@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rayrlhf.engines import distributed, learning, supervised
+from rayrlhf.engines import distributed, estimation, learning, supervised
 from rayrlhf.engines.batches import spans
 from rayrlhf.models.build import PolicyModel, ScalarModel
 from rayrlhf.types import Experience, Rollout, RolloutInfo
@@ -49,14 +49,21 @@ class PlainEngine:
             return [function(self.module, self._junk(m)) for m in micro_batches]
 
     def train_step(
-        self, loss_function: Callable[..., Tensor], micro_batches: Sequence[Any], dummy: Any, learning_rate: float
+        self,
+        loss_function: Callable[..., Tensor],
+        micro_batches: Sequence[Any],
+        dummy: Any,
+        learning_rate: float,
+        rest: Sequence[Any] = (),
+        measure: bool = False,
     ) -> dict[str, float]:
         parameters = list(self.module.parameters()) if isinstance(self.module, nn.Module) else []
         for p in parameters:
             p.grad = None
         total = 0.0
-        for i, m in enumerate(micro_batches or [dummy]):  # as DeepSpeed's learner: no rank sits a step out
-            loss = loss_function(self.module, m) * (1.0 if i < len(micro_batches) else 0.0)
+        counted = [*micro_batches, *rest]
+        for m in counted or [dummy]:  # as DeepSpeed's learner: no rank sits a step out
+            loss = loss_function(self.module, m) * (1.0 if counted else 0.0)
             total += float(loss.detach())
             if parameters:
                 loss.backward()
@@ -90,7 +97,7 @@ class Ranks:
         self._barrier = threading.Barrier(size, timeout=20)
         self._mine = threading.local()
         self._slots: list[Any] = [None] * size
-        for module in (distributed, learning, supervised):
+        for module in (distributed, estimation, learning, supervised):
             for name in ("all_reduce_sum", "all_reduce_max"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, getattr(self, name))

@@ -8,7 +8,8 @@ import torch
 from engines_fakes import CPU, SHAPES, PlainEngine, Ranks, experiences, rollout, rollouts, tiny_policy, tiny_scalar
 
 from rayrlhf.data.batching import Cutting
-from rayrlhf.engines.learning import EstimateSettings, UpdateSettings, estimate, update_policy, update_value
+from rayrlhf.engines.estimation import EstimateSettings, GapLimits, estimate
+from rayrlhf.engines.learning import UpdateSettings, update_policy, update_value
 from rayrlhf.engines.scoring import score_logprobs
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Experience, Rollout, RolloutInfo, Scores
@@ -76,6 +77,7 @@ def test_experience_and_metrics_match_a_float64_loop(kind, gamma, lam, coef):
             "policy/entropy": -np.concatenate([scores.logprobs[r.info.sample_id] for r in batch]).mean(),
             "reward/mean": rewards.mean(),
             "reward/std": rewards.std(),
+            "reward/shaped_mean": rewards.mean(),
             "kl/mean": np.mean([sum(row["kl"]) for row in rows.values()]),
             "kl/per_token": np.mean(np.concatenate([row["kl"] for row in rows.values()])),
             "response/length_mean": np.mean([r for _, r in SHAPES]),
@@ -118,6 +120,7 @@ def test_estimate_by_hand():
             "policy/entropy": 2.0,  # log-probs -1, -2, -3
             "reward/mean": 1.0,
             "reward/std": 2.0,
+            "reward/shaped_mean": 1.0,
             "kl/mean": -0.25,
             "kl/per_token": -0.5 / 3,
             "response/length_mean": 1.5,
@@ -191,7 +194,7 @@ def single(old: list[float], advantages: list[float], prompt: int = 2) -> Experi
     return Experience(r, other, np.array(advantages, np.float32), returns=other * 0 + 1, old_values=other * 0)
 
 
-SETTINGS = UpdateSettings(clip=0.2, cutting=Cutting(100, packed=False), temperature=0.7, first_log_ratio_max=1e-4)
+SETTINGS = UpdateSettings(clip=0.2, cutting=Cutting(100, packed=False), temperature=0.7, first_ratio=GapLimits(1e-4))
 
 
 def test_a_first_minibatch_at_ratio_1_passes():
@@ -253,6 +256,8 @@ def test_policy_metrics_are_means_over_minibatches():
             "policy/ratio_mean": (1 + 1.05) / 2,
             "policy/approx_kl_per_token": (0.1 - math.log(1.1)) / 4,
             "policy/grad_norm": 0.0,
+            "policy/first_log_ratio_max": 0.0,
+            "policy/minibatches": 2.0,
         },
         rel=1e-4,
     )
@@ -323,10 +328,10 @@ def test_scoring_then_learning_sees_ratio_1_at_any_two_budgets():
         Experience(e.rollout, old[e.rollout.info.sample_id], e.advantages, e.returns, e.old_values)
         for e in experiences()
     ]
-    settings = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=0.7, first_log_ratio_max=1e-4)
+    settings = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=0.7, first_ratio=GapLimits(1e-4))
     metrics = update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], settings, 1e-3)
     assert metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    off = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=1.0, first_log_ratio_max=1e-4)
+    off = UpdateSettings(clip=0.2, cutting=Cutting(60, packed=False), temperature=1.0, first_ratio=GapLimits(1e-4))
     with pytest.raises(TrainingError, match="first minibatch"):
         update_policy(PlainEngine(module), batch, [list(range(len(batch)))], batch[0], off, 1e-3)
 
