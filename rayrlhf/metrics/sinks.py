@@ -9,7 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["JsonLines", "RunSink", "WandbSink"]
+__all__ = ["JsonLines", "RunSink", "WandbSink", "read_jsonl", "to_json"]
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    """On one line. JSON has no NaN: a number that could not be computed is null, however deep it lies."""
+    return json.dumps(_nulled(record), ensure_ascii=False)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _nulled(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class JsonLines:
@@ -20,9 +33,7 @@ class JsonLines:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        # JSON has no NaN: a number that could not be computed is null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -225,7 +225,7 @@ def worker(config: dict[str, Any]) -> None:
 
     from rayrlhf.actors.base import send_output_to
     from rayrlhf.engines.distributed import prepare_process
-    from rayrlhf.metrics.sinks import JsonLines
+    from rayrlhf.metrics.sinks import JsonLines, to_json
 
     job: TrainingJob = config["job"]
     rank = ray.train.get_context().get_world_rank()
@@ -238,7 +238,7 @@ def worker(config: dict[str, Any]) -> None:
     result = job.body(job)
     if rank == 0:
         result["train_seconds"] = perf_counter() - start
-        (Path(job.workspace) / "result.json").write_text(json.dumps(result), encoding="utf-8")
+        (Path(job.workspace) / "result.json").write_text(to_json(result), encoding="utf-8")
         JsonLines(Path(job.workspace) / "metrics.jsonl").write({"phase": "done"})
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rayrlhf.metrics.sinks import JsonLines, RunSink, read_jsonl
+from rayrlhf.metrics.sinks import JsonLines, RunSink, read_jsonl, to_json
 
 
 def strict(text: str) -> dict:
@@ -30,6 +30,11 @@ def test_numbers_that_could_not_be_computed_are_null(lines, tmp_path):
     lines.write({**record, "i": np.float64("nan")})
     text = (tmp_path / "deep" / "metrics.jsonl").read_text()
     assert text == '{"a": null, "b": null, "c": null, "d": 1.5, "e": 2, "f": "NaN", "g": true, "h": null, "i": null}\n'
+
+
+def test_a_number_that_could_not_be_computed_is_null_however_deep_it_lies():
+    record = {"accuracy": {"people": {"ece": math.nan, "by_k": {2: [1.5, math.inf, "NaN"]}, "pairs": 3}}}
+    assert to_json(record) == '{"accuracy": {"people": {"ece": null, "by_k": {"2": [1.5, null, "NaN"]}, "pairs": 3}}}'
 
 
 def test_each_record_is_a_line_on_disk_at_once(lines, tmp_path):
