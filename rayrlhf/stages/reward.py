@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.data.prompts import RankingExample
+from rayrlhf.evaluation.calibration import pair_accuracy
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.training import TrainingJob, fetch, run_training, worker_log
 
-__all__ = ["pair_accuracy", "run_reward"]
+__all__ = ["run_reward"]
 
 
 def run_reward(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -31,41 +29,6 @@ def run_reward(context: StageContext, parents: dict[str, str], workspace: Path) 
     for source, row in result.get("accuracy", {}).items():
         row["pairs_before_dropping"] = split.counts["heldout_pairs"][source]
     return result | {"data": split.counts}
-
-
-def pair_accuracy(examples: Sequence[RankingExample], scores: Sequence[Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Per source: the share of ranked pairs whose better response scores higher, and what "longer wins" would get.
-
-    Ties in rank are no pairs; equal scores, or equal lengths for the rule, count half.
-
-    Returns:
-        source -> {pairs, accuracy, longer_wins}; never pooled, since one source's rule may be another's trap.
-    """
-    table: dict[str, list[tuple[float, float]]] = {}
-    for example, score in zip(examples, scores, strict=True):
-        for better, worse in _pairs(example.ranks):
-            lengths = example.response_chars
-            won = (_win(score[better], score[worse]), _win(lengths[better], lengths[worse]))
-            table.setdefault(example.source, []).append(won)
-    return {
-        source: {
-            "pairs": len(rows),
-            "accuracy": sum(r[0] for r in rows) / len(rows),
-            "longer_wins": sum(r[1] for r in rows) / len(rows),
-        }
-        for source, rows in sorted(table.items())
-    }
-
-
-def _pairs(ranks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(better, worse) indices of every pair that is not a tie."""
-    for a, b in combinations(range(len(ranks)), 2):
-        if ranks[a] != ranks[b]:
-            yield (a, b) if ranks[a] < ranks[b] else (b, a)
-
-
-def _win(better: float, worse: float) -> float:
-    return 0.5 if better == worse else float(better > worse)
 
 
 def _train_reward_model(job: TrainingJob) -> dict[str, Any]:

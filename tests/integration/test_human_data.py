@@ -45,6 +45,8 @@ def test_human_data_goes_through_every_stage_and_accuracy_is_told_per_source(tmp
     summary = json.loads((tmp_path / "human" / "summary.json").read_text())
     accuracy = summary["stages"]["reward"]["accuracy"]
     assert len(accuracy) >= 5, "several sources, never pooled"
-    assert all({"pairs", "pairs_before_dropping", "accuracy", "longer_wins"} == set(r) for r in accuracy.values())
+    shares = {"pairs", "pairs_before_dropping", "accuracy", "longer_wins", "accuracy_by_k"}
+    measures = {"ece", "length_bias", "length_bias_of_labels"}
+    assert all(shares | measures == set(row) for row in accuracy.values())
     assert summary["stages"]["ppo"]["steps"] == 2
     assert summary["stages"]["sft"]["data"]["dropped"] > 0, "long prompts are dropped and counted"
