@@ -42,7 +42,7 @@ def show_placement(console: Console, config: Config, todo: Sequence[str]) -> Non
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
-    """One row a stage, held-out reward accuracy per source, and where everything is."""
+    """One row a stage, the reward model on held-out pairs per source, and where everything is."""
     table = Table(title=f"run {summary['name']}", title_justify="left")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -54,6 +54,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     accuracy = summary["stages"].get("reward", {}).get("accuracy")
     if accuracy:
         console.print(_accuracy_table(accuracy))
+        if len(sizes := _ranking_sizes(accuracy)) > 1:
+            console.print(_accuracy_by_k_table(accuracy, sizes))
     console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
 
 
@@ -69,12 +71,33 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
     return ", ".join(f"{word} {first[name]:.3g} -> {last[name]:.3g}" for name, word in words.items())
 
 
-def _accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> Table:
+def _accuracy_table(accuracy: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="reward model on held-out pairs", title_justify="left")
     table.add_column("source")
-    for column in ("pairs", "of", "accuracy", "longer wins"):
+    for column in ("pairs", "of", "accuracy", "longer wins", "ECE", "length bias", "labels' own"):
         table.add_column(column, justify="right")
     for source, row in accuracy.items():
         pairs = f"{row['pairs']:.0f}", f"{row['pairs_before_dropping']:.0f}"
-        table.add_row(source or "-", *pairs, f"{row['accuracy']:.3f}", f"{row['longer_wins']:.3f}")
+        numbers = ("accuracy", "longer_wins", "ece", "length_bias", "length_bias_of_labels")
+        table.add_row(source or "-", *pairs, *(_three_digits(row[name]) for name in numbers))
     return table
+
+
+def _accuracy_by_k_table(accuracy: Mapping[str, Mapping[str, Any]], sizes: Sequence[str]) -> Table:
+    table = Table(title="its accuracy by how many responses were ranked at once (pairs)", title_justify="left")
+    table.add_column("source")
+    for k in sizes:
+        table.add_column(f"K = {k}", justify="right")
+    for source, row in accuracy.items():
+        cells = [row["accuracy_by_k"].get(k) for k in sizes]
+        table.add_row(source or "-", *(f"{_three_digits(c['accuracy'])} ({c['pairs']})" if c else "-" for c in cells))
+    return table
+
+
+def _ranking_sizes(accuracy: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Every K of any source, as JSON writes it: a string."""
+    return sorted({k for row in accuracy.values() for k in row["accuracy_by_k"]}, key=int)
+
+
+def _three_digits(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3f}"
