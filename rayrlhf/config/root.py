@@ -61,6 +61,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _unit_variance_has_demonstrations(self) -> Config:
+        asked = self.reward.unit_variance and "reward" in self.stages()
+        if asked and not (self.data.demonstrations or self.world.name):
+            raise ValueError(
+                "reward.unit_variance is measured on demonstrations but data.demonstrations is empty: "
+                "name some, or set reward.unit_variance=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sequences_fit_the_context(self) -> Config:
         if self.model.from_scratch is None:
             return self  # a named model's context is checked when its config is read

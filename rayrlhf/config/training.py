@@ -62,3 +62,6 @@ class RewardConfig(SupervisedConfig):
     learning_rate: Positive = 9e-6
     batch_size: PositiveInt = 64
     max_response_tokens: PositiveInt = 128
+    unit_variance: bool = False
+    """Scale the rewards so that demonstrations' have variance 1 (their mean is 0 in any case): `ppo.kl.coef` then means
+    the same for every reward model."""

@@ -250,6 +250,11 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
         (["data.text=[]"], "run.stages has pretrain but data.text is empty"),
         (["data.demonstrations=[]"], "run.stages has sft but data.demonstrations is empty"),
         (["data.rankings=[]"], "run.stages has reward but data.rankings is empty"),
+        (
+            ["reward.unit_variance=true", "run.stages=[reward]", "data.demonstrations=[]"],
+            "reward.unit_variance is measured on demonstrations but data.demonstrations is empty: "
+            "name some, or set reward.unit_variance=false",
+        ),
         (["data.prompts=[]"], "run.stages has ppo but data.prompts is empty"),
         (
             ["rollout.max_tokens=33"],
@@ -323,6 +328,15 @@ def test_the_environment_names_the_data_root_only_where_the_config_does_not(
 ) -> None:
     assert DATA_ROOT_VARIABLE == "RAYRLHF_HUMAN_DATA"
     assert load(base, *overrides, environ=environ).data.root == root
+
+
+def test_unit_variance_takes_the_demonstrations_of_a_world_and_asks_for_none_where_reward_is_not_run(
+    base: Path, tmp_path: Path
+) -> None:
+    world = "model: {from_scratch: {context: 256}}\nworld: {name: starter}\nreward: {unit_variance: true}\n"
+    assert load(written(tmp_path, world)).reward.unit_variance is True
+    ppo_only = load(base, "reward.unit_variance=true", "data.demonstrations=[]", "run.stages=[ppo]")
+    assert ppo_only.stages() == ("ppo",)
 
 
 def test_a_built_in_world_runs_although_the_environment_names_a_folder_of_human_data() -> None:

@@ -292,12 +292,12 @@ def test_the_text_of_two_ranks_is_that_of_one(monkeypatch):
     text = [[0, 1, 2], [3, 4]]
     module = tiny_policy()
     whole = update_policy(PlainEngine(module), batch, rows, batch[0], given, 0.0, TextShare(BLOCKS, text))
-    ranks = Ranks(2, monkeypatch)
+    ranks, models = Ranks(2, monkeypatch), [tiny_policy(), tiny_policy()]  # made here: threads share torch's seed
 
     def on_rank(rank: int) -> dict[str, float]:
         shares = [ids[rank::2] for ids in rows]
         mine = TextShare(BLOCKS, [ids[rank::2] for ids in text])
-        engine = PlainEngine(tiny_policy(), rank=rank, world_size=2)
+        engine = PlainEngine(models[rank], rank=rank, world_size=2)
         return update_policy(engine, batch, shares, batch[0], given, 0.0, mine)
 
     for metrics in ranks.run(on_rank):

@@ -86,6 +86,7 @@ def test_altering_a_data_file_changes_the_stages_that_read_it_and_their_descenda
         ("pretrain.epochs=2", ALL),
         ("sft.dropout=0.1", {"sft", "reward", "ppo"}),
         ("reward.learning_rate=1e-4", {"reward", "ppo"}),
+        ("reward.unit_variance=true", {"reward", "ppo"}),
         ("ppo.steps=7", {"ppo"}),
         ("ppo.kl.coef=0.5", {"ppo"}),
         ("ppo.adam.eps=1e-6", {"ppo"}),
