@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
 from rayrlhf.errors import TrainingError
 from rayrlhf.models.build import ScalarModel
@@ -67,7 +68,7 @@ def rankings() -> list[RankingExample]:
 
 def evaluate(model: ScalarModel, unit_variance: bool, demonstrations: list[np.ndarray]) -> dict[str, Any]:
     learner: Any = OneRank(model)
-    return _evaluate(model, learner, rankings(), demonstrations, 64, unit_variance)
+    return _evaluate(model, learner, rankings(), demonstrations, Cutting(64), unit_variance)
 
 
 def test_the_bias_is_the_mean_of_the_demonstrations_and_the_scale_their_population_deviation() -> None:
@@ -134,4 +135,4 @@ def test_without_demonstrations_scores_stay_raw_and_without_rankings_nothing_is_
     assert set(evaluate(model, False, [])) == {"accuracy"}
     assert (model.bias, model.scale) == (0.0, 1.0)
     learner: Any = OneRank(model)
-    assert set(_evaluate(model, learner, [], sequences(2, 0), 64, False)) == {"normalisation"}
+    assert set(_evaluate(model, learner, [], sequences(2, 0), Cutting(64), False)) == {"normalisation"}
