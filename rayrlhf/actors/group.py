@@ -53,12 +53,14 @@ class ActorGroup:
             ).remote(*args)
             self.actors.append(actor)
 
-    async def rendezvous(self, device: str, timeout_s: float) -> list[Rendezvous]:
+    async def rendezvous(self, device: str, deterministic: bool, timeout_s: float) -> list[Rendezvous]:
         """Where rank 0 waits for the others: one process group per role."""
         refs = [self.actors[0].free_address.remote()]
         address, port = (await self._wait(refs, "free_address", timeout_s))[0]
         threads = self.placement.threads
-        return [Rendezvous(rank, self.ranks, address, port, device, threads) for rank in range(self.ranks)]
+        return [
+            Rendezvous(rank, self.ranks, address, port, device, threads, deterministic) for rank in range(self.ranks)
+        ]
 
     async def call(
         self, method: str, *shared: Any, each: Sequence[tuple[Any, ...]] | None = None, timeout_s: float | None = None

@@ -19,6 +19,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
     """Names the folder of the run and its actors."""
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
+    deterministic: bool = False
+    """Two runs give the same numbers bit by bit: only deterministic kernels, an error where there is none. A CPU's are
+    deterministic as it is."""
     output: Folder = Path("runs")
     """Runs go to `<output>/<name>/`; finished stages to `<output>/artifacts/`, shared by all runs there."""
     stages: tuple[StageName, ...] = STAGES

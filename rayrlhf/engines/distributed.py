@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-__all__ = ["Rendezvous", "all_reduce_max", "all_reduce_sum", "join_process_group", "reduce_means"]
+__all__ = [
+    "Rendezvous",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "join_process_group",
+    "prepare_process",
+    "reduce_means",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,7 @@ class Rendezvous:
     port: int
     device: str
     threads: int
+    deterministic: bool
 
 
 def join_process_group(rendezvous: Rendezvous) -> None:
@@ -34,15 +42,20 @@ def join_process_group(rendezvous: Rendezvous) -> None:
         MASTER_ADDR=rendezvous.address,
         MASTER_PORT=str(rendezvous.port),
     )
-    prepare_process(rendezvous.device, rendezvous.threads)
+    prepare_process(rendezvous.device, rendezvous.threads, rendezvous.deterministic)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend=_backend(rendezvous.device), verbose=False)
 
 
-def prepare_process(device: str, threads: int) -> None:
-    """Device and threads of this process; for every process that hosts a DeepSpeed engine."""
+def prepare_process(device: str, threads: int, deterministic: bool) -> None:
+    """Device, threads and kernels of this process; for every process that hosts a DeepSpeed engine."""
     torch.set_num_threads(threads)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS asks for it, before its first call
+        torch.use_deterministic_algorithms(True)
+        # A help in the search for bugs, which costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed.ops

@@ -38,6 +38,7 @@ class EngineSettings:
     transport: str
     eos: int
     trust_remote_code: bool
+    deterministic: bool
 
 
 # Prompt tokens computed together; vLLM's own default on a CPU.
@@ -184,6 +185,8 @@ def _set_environment(settings: EngineSettings) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    if settings.deterministic and settings.device == "cuda":
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # log-probs that do not depend on who else is in the batch
     if settings.device == "cpu":
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         threads, cores = settings.threads, sorted(os.sched_getaffinity(0))

@@ -103,7 +103,7 @@ class _Run:
             group, settings = self.groups[role], self._model_settings(role)
             logs = [(self.context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
             await group.spawn(ACTORS[role], logs, timeout)
-            meeting = await group.rendezvous(config.cluster.device, timeout)
+            meeting = await group.rendezvous(config.cluster.device, config.run.deterministic, timeout)
             await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
             if role == "policy" and self.context.data.uses_text:
                 await group.call("hold_text", ray.put(self._text_blocks()))
@@ -219,6 +219,7 @@ class _Run:
             transport=config.weights.transport,
             eos=self.context.data.tokenizer.eos_token_id,
             trust_remote_code=config.model.trust_remote_code,
+            deterministic=config.run.deterministic,
         )
 
     def _model_settings(self, role: str) -> ModelSettings:

@@ -49,6 +49,7 @@ class TrainingJob:
     """folder or name of the model to start from"""
     trust_remote_code: bool
     seed: int
+    deterministic: bool
     learner: LearnerSettings
     train: TrainSettings
     data: Any
@@ -83,6 +84,7 @@ def run_training(
         model=model,
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
+        deterministic=config.run.deterministic,
         learner=learner_settings(config, section.adam, section.zero_stage, section.learning_rate),
         train=train_settings(config, section),
         data=ray.put(data),
@@ -230,7 +232,7 @@ def worker(config: dict[str, Any]) -> None:
     job: TrainingJob = config["job"]
     rank = ray.train.get_context().get_world_rank()
     send_output_to(Path(job.logs[rank]))
-    prepare_process(job.device, job.threads)
+    prepare_process(job.device, job.threads, job.deterministic)
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if job.device == "cuda" else "gloo", verbose=False)

@@ -370,7 +370,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
 
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
 
-    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1))
+    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     found = {(a, s): estimates(a, s, rank, world) for a in ARCHITECTURES for s in (1, 3)}
     done = updates()
     torch.save((found, done if rank == 0 else {}), Path(folder) / f"{rank}.pt")

@@ -130,6 +130,7 @@ class Pair:
             transport="shared_memory",
             eos=EOS,
             trust_remote_code=False,
+            deterministic=False,
         )
         prompts = [PromptTokens(i, np.arange(5 + i, 30 + i, dtype=np.int32)) for i in range(4)]
         self.engine = RolloutEngine(settings, prompts)
