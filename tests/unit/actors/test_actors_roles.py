@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, _deal, memory_per_role
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan, _deal, memory_per_role
+from rayrlhf.driver.pacing import TextStream
 from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
@@ -185,3 +186,68 @@ def test_a_policy_that_is_not_its_reference_before_the_first_update_stops_the_ru
     with pytest.raises(TrainingError, match="before any update"):
         asyncio.run(roles(group, group).update(batch, step=0))
     assert not group.calls
+
+
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_the_responses_to_one_prompt_are_dealt_to_one_rank(prompts, together, ranks):
+    rng = np.random.default_rng(prompts)
+    made = [RolloutInfo(i, i // together, int(rng.integers(2, 60)), 1, False) for i in range(prompts * together)]
+    shares = _deal(made, ranks, together)
+    assert sorted(i for share in shares for i in share) == list(range(prompts * together))
+    owner = {i: rank for rank, share in enumerate(shares) for i in share}
+    for i in owner:
+        assert owner[i] == owner[i - i % together]
+
+
+def test_estimation_is_dealt_by_prompt_and_scoring_and_learning_are_not():
+    policy = Group("policy", 2, {"estimate": [(["x0"], {}, []), (["x1"], {}, [])]})
+    made = tuple(RolloutInfo(i, i // 4, 10, 5, False) for i in range(8))
+    scored = ScoredBatch(RolloutBatch(made, ("r0",)), ("s0",))
+    asyncio.run(LearnerRoles(policy, None, plan(samples_per_prompt=4)).estimate(scored, 0.0))
+    assert [ids for (ids,) in policy.calls[0][2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_without_a_value_model_the_policy_learns_alone():
+    policy = Group("policy", 1, {"update": [{"policy/loss": 1.0}]})
+    report = asyncio.run(LearnerRoles(policy, None, plan()).update(experience(), 0))
+    assert report.metrics["policy/loss"] == 1.0
+    assert [call[0] for call in policy.calls] == ["update"]
+
+
+def test_while_the_critic_warms_up_it_learns_alone_and_draws_no_text():
+    policy, value = Group("policy", 1), Group("value", 1, {"update": [{"value/loss": 2.0}]})
+    stream = TextStream(5, seed=0)
+    learners = LearnerRoles(policy, value, plan(value_warmup_steps=2, text=TextPlan(stream, 1.0, 1)))
+    for step in (0, 1):
+        report = asyncio.run(learners.update(experience(), step))
+        assert report.metrics["policy/learning_rate"] == 0.0
+        assert report.metrics["value/loss"] == 2.0
+    assert not policy.calls
+    assert stream.drawn == 0
+    asyncio.run(learners.update(experience(), 2))
+    assert len(policy.calls) == 1
+    assert stream.drawn > 0
+
+
+def test_each_minibatch_gets_blocks_for_its_episodes_shared_out_over_the_ranks():
+    policy, value = Group("policy", 2), Group("value", 1)
+    stream = TextStream(100, seed=3)
+    learners = LearnerRoles(policy, value, plan(epochs=1, text=TextPlan(stream, 1.5, measure_every=4)))
+    asyncio.run(learners.update(experience(), 4))
+    # minibatches of 4, 4 and 2 responses: 6, 6 and 3 blocks
+    expected = TextStream(100, seed=3)
+    drawn = [expected.take(6), expected.take(6), expected.take(3)]
+    for rank, (_, (blocks, measure)) in enumerate(policy.calls[0][2]):
+        assert blocks == [ids[rank::2] for ids in drawn]
+        assert measure, "step 4, measured every 4"
+    assert [text for _, text in value.calls[0][2]] == [None]
+    asyncio.run(learners.update(experience(), 5))
+    assert [text[1] for _, text in policy.calls[1][2]] == [False, False]
+
+
+def test_a_small_share_of_text_is_still_one_block():
+    policy = Group("policy", 1)
+    learners = LearnerRoles(policy, None, plan(epochs=1, text=TextPlan(TextStream(9, 0), 0.01, 1)))
+    asyncio.run(learners.update(experience(), 0))
+    assert [len(ids) for ids in policy.calls[0][2][0][1][0]] == [1, 1, 1]

@@ -9,7 +9,7 @@ from driver_fakes import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.driver.pacing import PromptStream, SyncPacing
+from rayrlhf.driver.pacing import PromptStream, SyncPacing, TextStream
 
 IDS = [3, 1, 4, 15, 9, 26, 5]
 
@@ -99,3 +99,31 @@ def test_sync_pacing_asks_for_whole_batches(batch_size):
     flat = [r for asked in world.asked for r in asked]
     assert [len(asked) for asked in world.asked] == [batch_size] * 4
     assert flat == PromptStream(IDS, 0).take(4 * batch_size)
+
+
+def test_a_prompt_comes_as_often_as_asked_each_time_with_a_seed_of_its_own():
+    requests = PromptStream(IDS, 0, repeats=3).take(3 * len(IDS))
+    assert [r.prompt_id for r in requests[::3]] == [r.prompt_id for r in PromptStream(IDS, 0).take(len(IDS))]
+    assert all(requests[i].prompt_id == requests[i - i % 3].prompt_id for i in range(len(requests)))
+    assert len({r.seed for r in requests}) == len(requests)
+    assert [r.sample_id for r in requests] == list(range(len(requests)))
+
+
+def test_text_visits_every_block_once_an_epoch_in_a_fresh_order():
+    stream = TextStream(50, seed=1)
+    first, second = stream.take(50), stream.take(50)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 40))
+def test_text_goes_on_where_it_was_left(blocks, before, after):
+    stream = TextStream(blocks, seed=2)
+    stream.take(before)
+    resumed = TextStream(blocks, seed=2, drawn=stream.drawn)
+    assert resumed.take(after) == stream.take(after)
+
+
+def test_text_and_prompts_are_shuffled_apart():
+    prompts = [r.prompt_id for r in PromptStream(list(range(50)), seed=1).take(50)]
+    assert TextStream(50, seed=1).take(50) != prompts
