@@ -260,6 +260,28 @@ def test_an_unknown_transport_is_refused(run_world: Run) -> None:
     assert_refused(run_world("weights.transport=carrier_pigeon", "--dry-run"), "weights.transport", "carrier_pigeon")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["ppo.advantage=grpo"], ["ppo.advantage", "no estimator 'grpo'", "gae, group_relative, leave_one_out"]),
+        (["ppo.advantage=leave_one_out"], ["ppo.samples_per_prompt is 1", "set ppo.samples_per_prompt to 4 or more"]),
+        (
+            ["ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "ppo.value_warmup_steps=1"],
+            ["ppo.value_warmup_steps is 1", "no value model", "set it to 0"],
+        ),
+    ],
+)
+def test_an_estimator_that_cannot_work_is_refused(run_world: Run, overrides: list[str], words: list[str]) -> None:
+    assert_refused(run_world(*overrides, "--dry-run"), *words)
+
+
+def test_the_dry_run_of_a_group_estimator_places_no_value_model(run_world: Run) -> None:
+    shown = run_world("ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "--dry-run").stdout
+    placement = shown[shown.index("placement") :]
+    assert "reference" in placement
+    assert "value" not in placement
+
+
 # ---- files
 
 

@@ -237,6 +237,18 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
         *((["cluster." + r + ".gpus=1"], f"{r}.gpus is 1 but cluster.device is cpu") for r in ROLES),
         *((["cluster.device=cuda", f"cluster.{r}.gpus=0"], f"{r}.gpus is 0 but cluster.device is cuda") for r in ROLES),
         (["model.path=org/name"], "model: path and from_scratch contradict each other: keep one"),
+        (
+            ["ppo.truncated.treatment=penalty"],
+            "ppo.truncated: value is missing with treatment penalty: penalty and replace need it",
+        ),
+        (["ppo.truncated.value=1.0"], "ppo.truncated: value is not used with treatment keep"),
+        (
+            ["ppo.batch_size=12", "ppo.minibatch_size=4", "ppo.samples_per_prompt=8"],
+            "ppo: batch_size 12 is not a multiple of samples_per_prompt 8",
+        ),
+        (["ppo.old_logprobs=rollout"], "ppo: old_logprobs rollout needs importance_cap (2.0 is usual)"),
+        (["ppo.steps=3", "ppo.value_warmup_steps=3"], "ppo: value_warmup_steps 3 leaves the policy none of 3"),
+        (["ppo.ptx.coef=1.0", "data.text=[]", "run.stages=[ppo]"], "ppo.ptx.coef is set but data.text is empty"),
         (["model.from_scratch=null"], "model: name a model with path, or describe one with from_scratch"),
         (["model.from_scratch.heads=5"], "hidden_size 32 is not a multiple of heads 5"),
         (["model.from_scratch.heads=32"], "hidden_size / heads must be even"),
