@@ -276,7 +276,7 @@ def test_an_estimator_that_cannot_work_is_refused(run_world: Run, overrides: lis
 
 
 def test_the_dry_run_of_a_group_estimator_places_no_value_model(run_world: Run) -> None:
-    shown = run_world("ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "--dry-run").stdout
+    shown = run_world("ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "--dry-run").out
     placement = shown[shown.index("placement") :]
     assert "reference" in placement
     assert "value" not in placement
