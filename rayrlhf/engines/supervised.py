@@ -23,7 +23,17 @@ from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.engines.schedule import cosine_with_warmup
 
-__all__ = ["LanguageBatch", "LanguageTask", "RankingTask", "Task", "TrainSettings", "language_batches", "train"]
+__all__ = [
+    "LanguageBatch",
+    "LanguageTask",
+    "RankingTask",
+    "Task",
+    "TrainSettings",
+    "infer_sequences",
+    "language_batches",
+    "score_sequences",
+    "train",
+]
 
 M = TypeVar("M")
 Module = Callable[..., Tensor]
@@ -218,19 +228,34 @@ def _ranking_batch(examples: Sequence[RankingExample], layout: Layout) -> _Ranki
 
 def score_sequences(learner: Learner, sequences: Sequence[np.ndarray], cutting: Cutting) -> list[float]:
     """A scalar model's output at the last token of each sequence; shared out over the ranks, returned on all."""
+
+    def forward(module: Module, layout: Layout, held: Sequence[int]) -> Tensor:
+        return module(**layout.inputs, positions=_last(layout, [sequences[i] for i in held]))
+
+    return infer_sequences(learner, sequences, forward, cutting)
+
+
+def infer_sequences(
+    learner: Learner,
+    sequences: Sequence[np.ndarray],
+    forward: Callable[[Module, Layout, Sequence[int]], Tensor],
+    cutting: Cutting,
+) -> list[float]:
+    """One number for each sequence, without gradients; shared out over the ranks, returned on all.
+
+    Args:
+        forward: of the module, a layout and which of `sequences` [S] it holds, in order: their numbers [S].
+    """
     rows = range(learner.rank, len(sequences), learner.world_size)
     layouts = lay_out([[sequences[i]] for i in rows], cutting, learner.device)
-    shortest = min(sequences, key=len)
-    dummy = lay_out([[shortest]], Cutting(len(shortest)), learner.device)[0]
-
-    def forward(module: Module, layout: Layout) -> Tensor:
-        last = _last(layout, [sequences[rows[i]] for i in layout.units])
-        return module(**layout.inputs, positions=last).double()
-
-    scores = torch.zeros(len(sequences), dtype=torch.float64, device=learner.device)
-    for layout, result in zip(layouts, learner.infer(forward, layouts, dummy), strict=True):
-        scores[[rows[i] for i in layout.units]] = result
-    return [float(x) for x in all_reduce_sum(scores).tolist()]
+    batches = [(layout, [rows[i] for i in layout.units]) for layout in layouts]
+    shortest = min(range(len(sequences)), key=lambda i: len(sequences[i]))
+    alone = lay_out([[sequences[shortest]]], Cutting(len(sequences[shortest])), learner.device)[0]
+    results = learner.infer(lambda module, batch: forward(module, *batch).double(), batches, (alone, [shortest]))
+    numbers = torch.zeros(len(sequences), dtype=torch.float64, device=learner.device)
+    for (_, held), result in zip(batches, results, strict=True):
+        numbers[held] = result
+    return [float(x) for x in all_reduce_sum(numbers).tolist()]
 
 
 def _last(layout: Layout, sequences: Sequence[np.ndarray]) -> Tensor:

@@ -46,7 +46,9 @@ class PlainEngine:
 
     def infer(self, function: Callable[..., Any], micro_batches: Sequence[Any], dummy: Any) -> list[Any]:
         with torch.no_grad():
-            return [function(self.module, self._junk(m)) for m in micro_batches]
+            # As DeepSpeed's engine: a rank without work runs the dummy, whose results nobody reads.
+            results = [function(self.module, self._junk(m)) for m in micro_batches or [dummy]]
+        return results[: len(micro_batches)]
 
     def train_step(
         self,
