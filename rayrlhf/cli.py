@@ -31,7 +31,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """All stages in a row: pretrain, sft, reward, ppo. A stage whose inputs have not changed is not run again."""
+    """All stages in a row: pretrain, sft, reward, ppo; dpo too if run.stages names it. None is run twice for the same
+    inputs."""
     _run(load_config(config, overrides or ()), dry_run)
 
 
@@ -51,6 +52,12 @@ def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """A reward model from rankings."""
     _run_one("reward", config, overrides, dry_run)
+
+
+@app.command()
+def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """The baseline: direct preference optimisation of the SFT model on the rankings."""
+    _run_one("dpo", config, overrides, dry_run)
 
 
 @app.command()

@@ -60,7 +60,7 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
 
 
 def plan_training(config: Config) -> RolePlacement:
-    """The workers of pretrain, sft and reward."""
+    """The workers of pretrain, sft, reward and dpo."""
     train = config.cluster.train
     return RolePlacement("train", train.ranks, train.cpus, config.cluster.gpus(train), train.threads)
 

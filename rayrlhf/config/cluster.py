@@ -39,7 +39,7 @@ class ClusterConfig(Section):
     rollout: RankResources = RankResources(threads=2)
     """Each of `rollout.engines` engines; with tensor parallelism a GPU per shard."""
     train: RoleResources = RoleResources(cpus=1, threads=2)
-    """Workers of pretrain, sft and reward."""
+    """Workers of pretrain, sft, reward and dpo."""
 
     @model_validator(mode="after")
     def _gpus_fit_the_device(self) -> ClusterConfig:

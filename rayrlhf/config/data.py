@@ -29,7 +29,7 @@ class DataConfig(Section):
     rankings: Sources = ()
     """prompt, responses, ranks; or prompt, chosen, rejected."""
     heldout_rankings: Sources = ()
-    """Never trained on; the reward model's accuracy is reported on them, per source."""
+    """Never trained on; the accuracy of the reward model, and of dpo, is reported on them, per source."""
     prompts: Sources = ()
     """What PPO samples responses for."""
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5, strict=True)] = 0.05

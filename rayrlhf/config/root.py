@@ -10,7 +10,7 @@ from rayrlhf.config.data import SOURCE_FIELDS, DataConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
 from rayrlhf.config.run import STAGES, CheckpointConfig, RunConfig, StageName, TrackingConfig
-from rayrlhf.config.training import PretrainConfig, RewardConfig, SFTConfig
+from rayrlhf.config.training import DPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from rayrlhf.config.world import WorldConfig
 
 __all__ = ["Config"]
@@ -25,6 +25,7 @@ class Config(Section):
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
+    dpo: DPOConfig = DPOConfig()
     ppo: PPOConfig = PPOConfig()
     rollout: RolloutConfig = RolloutConfig()
     weights: WeightsConfig = WeightsConfig()
@@ -33,8 +34,8 @@ class Config(Section):
 
     def stages(self) -> tuple[StageName, ...]:
         """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for."""
-        given = {"pretrain": self.model.path, "sft": self.sft.path, "reward": self.reward.path, "ppo": None}
-        return tuple(stage for stage in STAGES if stage in self.run.stages and not given[stage])
+        given = {"pretrain": self.model.path, "sft": self.sft.path, "reward": self.reward.path}
+        return tuple(stage for stage in STAGES if stage in self.run.stages and not given.get(stage))
 
     @model_validator(mode="after")
     def _something_is_to_be_run(self) -> Config:
@@ -48,7 +49,13 @@ class Config(Section):
             if any(getattr(self.data, field) for field in ("root", *SOURCE_FIELDS)):
                 raise ValueError("world.name and the files of the data section contradict each other: keep one")
             return self  # the world's files fill data.* before anything reads it
-        needs = {"pretrain": "text", "sft": "demonstrations", "reward": "rankings", "ppo": "prompts"}
+        needs = {
+            "pretrain": "text",
+            "sft": "demonstrations",
+            "reward": "rankings",
+            "dpo": "rankings",
+            "ppo": "prompts",
+        }
         for stage in self.stages():
             if not getattr(self.data, needs[stage]):
                 raise ValueError(f"run.stages has {stage} but data.{needs[stage]} is empty")
@@ -108,6 +115,8 @@ def check_context(config: Config, context: int, name: str) -> None:
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens
     if "reward" in config.stages():
         responses["reward.max_response_tokens"] = config.reward.max_response_tokens
+    if "dpo" in config.stages():
+        responses["dpo.max_response_tokens"] = config.dpo.max_response_tokens
     for key, tokens in responses.items():
         if config.data.max_prompt_tokens + tokens > context:
             raise ValueError(

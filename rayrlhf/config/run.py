@@ -11,8 +11,9 @@ from rayrlhf.config.base import Folder, NonNegativeInt, PositiveInt, Section
 
 __all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConfig"]
 
-StageName = Literal["pretrain", "sft", "reward", "ppo"]
-STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
+StageName = Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+# In the order in which they run; each comes after those it starts from.
+STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "ppo")
 
 
 class RunConfig(Section):
@@ -24,8 +25,9 @@ class RunConfig(Section):
     deterministic as it is."""
     output: Folder = Path("runs")
     """Runs go to `<output>/<name>/`; finished stages to `<output>/artifacts/`, shared by all runs there."""
-    stages: tuple[StageName, ...] = STAGES
-    """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set."""
+    stages: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
+    """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set; `dpo`, the
+    baseline, runs only where it is named."""
 
 
 class CheckpointConfig(Section):

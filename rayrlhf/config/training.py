@@ -1,4 +1,4 @@
-"""`pretrain`, `sft` and `reward`: the supervised stages, with the paper's numbers as defaults where it states them."""
+"""`pretrain`, `sft`, `reward` and `dpo`: the supervised stages, with their papers' numbers as defaults where stated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rayrlhf.config.base import Fraction, NonNegative, Positive, PositiveInt, Section, ZeroStage
 
-__all__ = ["Adam", "PretrainConfig", "RewardConfig", "SFTConfig", "SupervisedConfig"]
+__all__ = ["Adam", "DPOConfig", "PretrainConfig", "RewardConfig", "SFTConfig", "SupervisedConfig"]
 
 
 class Adam(Section):
@@ -23,7 +23,7 @@ class Adam(Section):
 class SupervisedConfig(Section):
     learning_rate: Positive
     batch_size: PositiveInt
-    """Sequences (pretrain, sft) or prompts (reward) per optimizer step, over all ranks."""
+    """Sequences (pretrain, sft) or prompts (reward, dpo) per optimizer step, over all ranks."""
     epochs: Positive = 1.0
     warmup_ratio: Fraction = 0.0
     """Share of the steps over which the learning rate rises from zero."""
@@ -35,6 +35,7 @@ class SupervisedConfig(Section):
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward/backward on a rank."""
     log_every: PositiveInt = 10
+    """Steps between records; the first and the last step always have one."""
 
 
 class PretrainConfig(SupervisedConfig):
@@ -65,3 +66,19 @@ class RewardConfig(SupervisedConfig):
     unit_variance: bool = False
     """Scale the rewards so that demonstrations' have variance 1 (their mean is 0 in any case): `ppo.kl.coef` then means
     the same for every reward model."""
+
+
+class DPOConfig(SupervisedConfig):
+    """Rafailov et al. 2023 (arXiv 2305.18290), appendix B: beta 0.1, batches of 64, RMSprop at 1e-6.
+
+    The optimizer here is AdamW, so rate and warm-up are those of DPO under AdamW in Tunstall et al. 2023 (Zephyr, arXiv
+    2310.16944); 5e-7 is also what the authors' own code has.
+    """
+
+    learning_rate: Positive = 5e-7
+    batch_size: PositiveInt = 64
+    """Prompts per optimizer step, as for reward: with one pair a prompt these are the paper's pairs."""
+    warmup_ratio: Fraction = 0.1
+    beta: Positive = 0.1
+    """Strength of the pull to the reference, the model as it starts; the implicit reward is beta * log-ratio."""
+    max_response_tokens: PositiveInt = 128

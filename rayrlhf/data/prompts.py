@@ -6,8 +6,9 @@ too long are cut at their end, and then have no EOS, for the text does not end t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -67,6 +68,12 @@ class RankingExample:
     source: str
     response_chars: tuple[int, ...]
     """characters of each response as written, before any cut: what a length bias is measured against"""
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """(better, worse) indices of every pair that is no tie."""
+        for a, b in combinations(range(len(self.ranks)), 2):
+            if self.ranks[a] != self.ranks[b]:
+                yield (a, b) if self.ranks[a] < self.ranks[b] else (b, a)
 
 
 def tokenize_prompts(

@@ -1,7 +1,8 @@
 """Supervised training on one rank: the loop, and the two tasks it serves (language modelling, ranking). No Ray.
 
 The loop knows no loss: a task says how its examples become micro-batches, what a minibatch is divided by, and what
-the loss of a micro-batch is. pretrain and sft share `LanguageTask`; reward is `RankingTask`.
+the loss of a micro-batch is. pretrain and sft share `LanguageTask`; reward is `RankingTask`; dpo has its own,
+`preference.PreferenceTask`.
 """
 
 from __future__ import annotations
@@ -79,9 +80,16 @@ class Task(Protocol[M]):
 
     def loss(self, module: Module, micro_batch: M, denominator: float) -> Tensor: ...
 
+    def take_metrics(self) -> dict[str, float]:
+        """What this rank's losses since the last call add to the record, for each name a share that the ranks sum up.
+
+        The same names on every rank.
+        """
+        ...
+
 
 def train(learner: Learner, task: Task[M], settings: TrainSettings, log: Log) -> dict[str, float]:
-    """Run all steps; `log` gets a record every `log_every` steps. Returns the last record's numbers."""
+    """Run all steps; `log` gets a record of the first and of every `log_every`-th. Returns the last one's numbers."""
     total = settings.steps(len(task.sizes))
     warmup = round(settings.warmup_ratio * total)
     dummy, record = task.dummy(learner.device), dict[str, float]()
@@ -98,17 +106,22 @@ def train(learner: Learner, task: Task[M], settings: TrainSettings, log: Log) ->
             rate,
         )
         tokens += sum(task.sizes[i] for i in batch)
-        if (step + 1) % settings.log_every == 0 or step + 1 == total:
-            loss = all_reduce_sum(torch.tensor(result["loss"], dtype=torch.float64, device=learner.device))
+        shares_of_rank = {"loss": result["loss"], **task.take_metrics()}
+        if step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == total:
             elapsed = perf_counter() - start
             record = {
-                "loss": float(loss),
+                **_sum_over_ranks(shares_of_rank, learner.device),
                 "grad_norm": result["grad_norm"],
                 "learning_rate": rate,
                 "tokens_per_s": tokens / elapsed,
             }
             log({"step": step + 1, "steps": total, "elapsed_s": elapsed, **record})
     return record
+
+
+def _sum_over_ranks(shares: dict[str, float], device: torch.device) -> dict[str, float]:
+    total = all_reduce_sum(torch.tensor(list(shares.values()), dtype=torch.float64, device=device))
+    return dict(zip(shares, total.tolist(), strict=True))
 
 
 def _batches(examples: int, settings: TrainSettings) -> Iterator[list[int]]:
@@ -149,6 +162,9 @@ class LanguageTask:
     def loss(module: Module, micro_batch: LanguageBatch, denominator: float) -> Tensor:
         logprobs = module(**micro_batch.layout.inputs, positions=micro_batch.positions)
         return lm_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), denominator)
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
     def evaluate(self, learner: Learner, cutting: Cutting) -> float:
         """Mean loss per learned token over all examples, shared out over the ranks."""
@@ -211,6 +227,9 @@ class RankingTask:
     def loss(self, module: Module, micro_batch: _RankingBatch, denominator: float) -> Tensor:
         scores = module(**micro_batch.layout.inputs, positions=micro_batch.last_positions)
         return ranking_loss(scores, micro_batch.ranks, micro_batch.prompts, denominator)
+
+    def take_metrics(self) -> dict[str, float]:
+        return {}
 
     def scores(self, learner: Learner, cutting: Cutting) -> list[list[float]]:
         """The score of every response, by example; all ranks get all of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any, TypeVar
@@ -88,17 +88,16 @@ class Datasets:
     @cached_property
     def reward(self) -> Split:
         """Held out: `data.heldout_rankings`, or a share of the prompts where there are none."""
-        data, longest = self._config.data, self._config.reward.max_response_tokens
-        records = self._first(read_rankings(data.rankings, data.root, "train"))
-        train: Sequence[Any] = drop_implied(records)
-        implied = len(records) - len(train)
-        if data.heldout_rankings:
-            heldout: Sequence[Any] = self._first(read_rankings(data.heldout_rankings, data.root, "test"))
-        else:
-            train, heldout = split_by_prompt(train, data.heldout_fraction, self._config.run.seed)
-        split = self._split(tokenized.tokenize_rankings, train, heldout, longest)
-        pairs = dict(sorted(_pairs_by_source(heldout).items()))
-        return Split(split.train, split.heldout, split.counts | {"implied": implied, "heldout_pairs": pairs})
+        return self._rankings_within(self._config.reward.max_response_tokens)
+
+    @cached_property
+    def dpo(self) -> Split:
+        """As `reward`, less what is trained on and is ties throughout: nothing is preferred there."""
+        split = self._rankings_within(self._config.dpo.max_response_tokens)
+        train = [example for example in split.train if len(set(example.ranks)) > 1]
+        if not train:
+            raise DataError("data.rankings: every ranking is a tie, dpo has no pair to learn from", "rank some apart")
+        return replace(split, train=train, counts=split.counts | {"all_ties": len(split.train) - len(train)})
 
     @property
     def uses_text(self) -> bool:
@@ -120,6 +119,23 @@ class Datasets:
         if config.model.from_scratch is not None:
             return config.model.from_scratch.context
         return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_response_tokens)
+
+    def _rankings_within(self, longest: int) -> Split:
+        train, heldout, implied = self._rankings
+        split = self._split(tokenized.tokenize_rankings, train, heldout, longest)
+        pairs = dict(sorted(_pairs_by_source(heldout).items()))
+        return replace(split, counts=split.counts | {"implied": implied, "heldout_pairs": pairs})
+
+    @cached_property
+    def _rankings(self) -> tuple[Sequence[Ranking], Sequence[Ranking], int]:
+        """(train, held out, how many judgements of `data.rankings` stood there twice)."""
+        data = self._config.data
+        records = self._first(read_rankings(data.rankings, data.root, "train"))
+        train = drop_implied(records)
+        implied = len(records) - len(train)
+        if data.heldout_rankings:
+            return train, self._first(read_rankings(data.heldout_rankings, data.root, "test")), implied
+        return *split_by_prompt(train, data.heldout_fraction, self._config.run.seed), implied
 
     @cached_property
     def _texts(self) -> list[Any]:

@@ -22,18 +22,21 @@ PARENTS: dict[StageName, tuple[StageName, ...]] = {
     "pretrain": (),
     "sft": ("pretrain",),
     "reward": ("sft",),
+    "dpo": ("sft",),
     "ppo": ("sft", "reward"),
 }
 SOURCES: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("text", "demonstrations"),  # the tokenizer learns from both
     "sft": ("demonstrations",),
     "reward": ("rankings", "heldout_rankings", "demonstrations"),
+    "dpo": ("rankings", "heldout_rankings"),
     "ppo": ("prompts",),
 }
 SECTIONS: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("pretrain",),
     "sft": ("sft",),
     "reward": ("reward", "sft"),  # sft's limit cuts the demonstrations that normalise the rewards
+    "dpo": ("dpo",),
     "ppo": ("ppo", "rollout", "weights"),
 }
 
@@ -46,8 +49,8 @@ class Lineage:
         self._store = store
         self._inputs: dict[StageName, dict[str, Any]] = {}
         self._keys: dict[StageName, str] = {}
-        given = {"pretrain": config.model.path, "sft": config.sft.path, "reward": config.reward.path, "ppo": None}
-        self._given: dict[StageName, str] = {s: absolute(path) for s in STAGES if (path := given[s])}
+        given = {"pretrain": config.model.path, "sft": config.sft.path, "reward": config.reward.path}
+        self._given: dict[StageName, str] = {s: absolute(path) for s in STAGES if (path := given.get(s))}
         for stage in STAGES:  # in order: a stage's key holds its parents'
             if stage in self._given:
                 self._keys[stage] = hash_model_folder(self._given[stage])

@@ -1,8 +1,8 @@
 """`rayrlhf run`: the stages in a row, each at most once for the same inputs.
 
-config ─► preflight ─► pretrain ─► sft ─► reward ─► ppo ─► runs/<name>/{model, summary.json, ...}
-                          │          │       │        │
-                          └──────────┴───────┴────────┴──► artifacts/<stage>-<hash of its inputs>/
+config ─► preflight ─► pretrain ─► sft ─► reward ─► (dpo) ─► ppo ─► runs/<name>/{model, summary.json, ...}
+                          │          │       │         │       │
+                          └──────────┴───────┴─────────┴───────┴──► artifacts/<stage>-<hash of its inputs>/
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Datasets
+from rayrlhf.stages.dpo import run_dpo
 from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.ppo import run_ppo_stage
@@ -38,8 +39,11 @@ BODIES: dict[StageName, Callable[[StageContext, dict[str, str], Path], dict[str,
     "pretrain": run_pretrain,
     "sft": run_sft,
     "reward": run_reward,
+    "dpo": run_dpo,
     "ppo": run_ppo_stage,
 }
+# Where in the run's folder a stage leaves its policy: the recipe's own, and the baseline's beside it.
+POLICIES: dict[StageName, str] = {"dpo": "model_dpo", "ppo": "model"}
 
 
 def run(config: Config, console: Console, dry_run: bool = False) -> Path:
@@ -126,11 +130,13 @@ class _Run:
         else:
             self.console.print(f"{stage:<9} done before with the same inputs ({artifact.folder.name})", highlight=False)
             self._replay(context, artifact)
-        if stage == "ppo":
+        if stage in POLICIES:
             # Copies, not links: whoever edits the run's model must not change the artifact that other runs reuse.
-            for model in ("model", "model_ema"):
-                if (artifact.folder / model).is_dir():
-                    shutil.copytree(artifact.folder / model, self.folder / model, dirs_exist_ok=True)
+            for model in ("", "_ema"):
+                if (artifact.folder / f"model{model}").is_dir():
+                    target = self.folder / f"{POLICIES[stage]}{model}"
+                    shutil.copytree(artifact.folder / f"model{model}", target, dirs_exist_ok=True)
+        if stage == "ppo":
             shutil.copy2(artifact.folder / "trace.json", self.folder / "trace.json")
         return {**artifact.result, "cached": cached, "key": key, "parents": parents}
 

@@ -42,7 +42,7 @@ def show_placement(console: Console, config: Config, todo: Sequence[str]) -> Non
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
-    """One row a stage, the reward model on held-out pairs per source, and where everything is."""
+    """One row a stage, held-out pairs per source, and where everything is."""
     table = Table(title=f"run {summary['name']}", title_justify="left")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -51,11 +51,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         seconds = "cached" if result["cached"] else f"{result['seconds']:.0f}"
         table.add_row(stage, seconds, _describe(stage, result))
     console.print(table)
-    accuracy = summary["stages"].get("reward", {}).get("accuracy")
-    if accuracy:
-        console.print(_accuracy_table(accuracy))
-        if len(sizes := _ranking_sizes(accuracy)) > 1:
-            console.print(_accuracy_by_k_table(accuracy, sizes))
+    for stage, name in (("reward", "reward model"), ("dpo", "dpo's implicit reward")):
+        if accuracy := summary["stages"].get(stage, {}).get("accuracy"):
+            console.print(_accuracy_table(name, accuracy))
+            if len(sizes := _ranking_sizes(accuracy)) > 1:
+                console.print(_accuracy_by_k_table(name, accuracy, sizes))
     console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
 
 
@@ -66,13 +66,16 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
         return f"held-out loss {result['heldout_loss_before']:.3f} -> {result['heldout_loss']:.3f}"
     if stage == "reward":
         return f"train loss {result['train_loss']:.3f}"
+    if stage == "dpo":
+        margin, won = result["train_margin"], result["train_accuracy"]
+        return f"train loss {result['train_loss']:.3f}, implicit reward margin {margin:.3g}, accuracy {won:.3f}"
     first, last = result["first"], result["last"]
     words = {"reward/mean": "reward", "kl/mean": "kl", "response/length_mean": "length"}
     return ", ".join(f"{word} {first[name]:.3g} -> {last[name]:.3g}" for name, word in words.items())
 
 
-def _accuracy_table(accuracy: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="reward model on held-out pairs", title_justify="left")
+def _accuracy_table(name: str, accuracy: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=f"{name} on held-out pairs", title_justify="left")
     table.add_column("source")
     for column in ("pairs", "of", "accuracy", "longer wins", "ECE", "length bias", "labels' own"):
         table.add_column(column, justify="right")
@@ -83,8 +86,8 @@ def _accuracy_table(accuracy: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _accuracy_by_k_table(accuracy: Mapping[str, Mapping[str, Any]], sizes: Sequence[str]) -> Table:
-    table = Table(title="its accuracy by how many responses were ranked at once (pairs)", title_justify="left")
+def _accuracy_by_k_table(name: str, accuracy: Mapping[str, Mapping[str, Any]], sizes: Sequence[str]) -> Table:
+    table = Table(title=f"{name}: accuracy by how many responses were ranked at once (pairs)", title_justify="left")
     table.add_column("source")
     for k in sizes:
         table.add_column(f"K = {k}", justify="right")

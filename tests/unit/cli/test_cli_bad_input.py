@@ -42,6 +42,7 @@ data:
   max_prompt_tokens: 96
 sft: {max_response_tokens: 32}
 reward: {max_response_tokens: 32}
+dpo: {max_response_tokens: 32}
 rollout: {max_tokens: 32}
 """
 
@@ -519,9 +520,34 @@ def test_ppo_without_earlier_stages_names_the_missing_stage(run_world: Run) -> N
     )
 
 
-@pytest.mark.parametrize(("command", "parent"), [("sft", "pretrain"), ("reward", "sft")])
+@pytest.mark.parametrize(("command", "parent"), [("sft", "pretrain"), ("reward", "sft"), ("dpo", "sft")])
 def test_a_stage_without_its_parent_names_it(run_world: Run, command: str, parent: str) -> None:
     assert_refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
+
+
+def test_a_dry_run_of_dpo_shows_its_workers_and_what_became_of_its_rankings(run_world: Run, models: Path) -> None:
+    given = (f"model={{path: {models / 'policy'}}}", f"sft.path={models / 'policy'}")
+    done = run_world(*given, "--dry-run", command="dpo")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"│ dpo +│ train +│ +1 │", done.out)
+    assert "policy" not in done.out.partition("\nplacement")[2]
+    assert "would run: dpo; done before: nothing" in done.out
+    assert re.search(r"^dpo +kept 30, .*all ties 0$", done.out, flags=re.M)
+
+
+def test_dpo_in_a_chain_is_placed_with_the_supervised_stages(run_world: Run) -> None:
+    done = run_world("run.stages=[pretrain, sft, dpo]", "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would run: pretrain, sft, dpo; done before: nothing" in done.out
+
+
+def test_rankings_that_are_ties_throughout_leave_dpo_nothing_to_learn(run_world: Run, world: Path) -> None:
+    file = world / "rankings.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    tied = [json.dumps(r | {"ranks": [1] * len(r["responses"])}) for r in lines]
+    file.write_text("\n".join(tied) + "\n", encoding="utf-8")
+    done = run_world("run.stages=[pretrain, sft, dpo]", "--dry-run")
+    assert_refused(done, "DataError: data.rankings: every ranking is a tie")
 
 
 def test_a_chain_with_a_gap_is_refused_before_its_first_stage(run_world: Run) -> None:
@@ -534,11 +560,11 @@ def test_a_chain_with_a_gap_is_refused_before_its_first_stage(run_world: Run) ->
 def test_help_is_shown_and_exits_0(rayrlhf_command: Run) -> None:
     done = rayrlhf_command("--help")
     assert (done.code, done.err) == (0, "")
-    for command in ("run", "pretrain", "sft", "reward", "ppo"):
+    for command in ("run", "pretrain", "sft", "reward", "dpo", "ppo"):
         assert f" {command} " in done.out
 
 
-@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "reward", "ppo"])
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "reward", "dpo", "ppo"])
 def test_each_command_has_help_of_its_own(rayrlhf_command: Run, command: str) -> None:
     done = rayrlhf_command(command, "--help")
     assert done.code == 0

@@ -31,6 +31,7 @@ data:
   max_prompt_tokens: 32
 sft: {max_response_tokens: 32}
 reward: {max_response_tokens: 32}
+dpo: {max_response_tokens: 32}
 rollout: {max_tokens: 32}
 """
 
@@ -203,7 +204,13 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("run.seed=-1", "run.seed: found -1; input should be greater than or equal to 0"),
         ("run.seed=2147483648", "run.seed: found 2147483648; input should be less than 2147483648"),
         ("run.name=../up", "run.name: found '../up'; string should match pattern "),
-        ("run.stages=[pretrain, dpo]", "run.stages.1: found 'dpo'; input should be 'pretrain', 'sft', 'reward' or"),
+        (
+            "run.stages=[pretrain, rm]",
+            "run.stages.1: found 'rm'; input should be 'pretrain', 'sft', 'reward', 'dpo' or",
+        ),
+        ("dpo.beta=0", "dpo.beta: found 0; input should be greater than 0"),
+        ("dpo.betas=0.1", "dpo.betas: unknown key; did you mean dpo.beta?"),
+        ("dpo.path=a/b", "dpo.path: unknown key; did you mean "),
         ("tracking.samples_per_step=65", "tracking.samples_per_step: found 65; input should be less than or equal to"),
         ("tracking.wandb=false", "tracking.wandb: found False; input should be 'off', 'offline' or 'online'"),
         ("world.name=moon", "world.name: found 'moon'; input should be 'starter'"),
@@ -267,6 +274,7 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "reward.unit_variance is measured on demonstrations but data.demonstrations is empty: "
             "name some, or set reward.unit_variance=false",
         ),
+        (["run.stages=[dpo]", "data.rankings=[]"], "run.stages has dpo but data.rankings is empty"),
         (["data.prompts=[]"], "run.stages has ppo but data.prompts is empty"),
         (
             ["rollout.max_tokens=33"],
@@ -279,6 +287,10 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
         (
             ["reward.max_response_tokens=33"],
             "data.max_prompt_tokens 32 + reward.max_response_tokens 33 is over model.from_scratch.context 64",
+        ),
+        (
+            ["run.stages=[dpo]", "dpo.max_response_tokens=33"],
+            "data.max_prompt_tokens 32 + dpo.max_response_tokens 33 is over model.from_scratch.context 64",
         ),
         (
             ["cluster.policy.ranks=3", "ppo.minibatch_size=2"],
@@ -321,6 +333,23 @@ def test_the_length_of_rollouts_does_not_matter_to_a_run_without_ppo(base: Path)
 
 def test_the_stages_come_in_the_order_of_the_recipe_and_once_each(base: Path) -> None:
     assert load(base, "run.stages=[ppo, sft, sft, pretrain, reward]").stages() == ("pretrain", "sft", "reward", "ppo")
+    everything = load(base, "run.stages=[ppo, dpo, sft, pretrain, reward]")
+    assert everything.stages() == ("pretrain", "sft", "reward", "dpo", "ppo")
+
+
+def test_dpo_runs_only_where_it_is_named(base: Path) -> None:
+    assert load(base).stages() == ("pretrain", "sft", "reward", "ppo")
+    assert load(base, "run.stages=[dpo]").stages() == ("dpo",)
+    assert load(base, "run.stages=[dpo]", "data.prompts=[]", "data.text=[]", "reward.max_response_tokens=500")
+
+
+def test_dpo_without_being_named_needs_no_room(base: Path) -> None:
+    assert load(base, "dpo.max_response_tokens=500").stages() == ("pretrain", "sft", "reward", "ppo")
+
+
+def test_the_defaults_of_dpo_are_those_of_its_sources(base: Path) -> None:
+    dpo = load(base).dpo
+    assert (dpo.learning_rate, dpo.beta, dpo.batch_size, dpo.epochs, dpo.warmup_ratio) == (5e-7, 0.1, 64, 1.0, 0.1)
 
 
 # ---- the folder of human data

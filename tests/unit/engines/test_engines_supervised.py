@@ -234,12 +234,12 @@ def test_training_takes_its_steps_logs_on_time_and_lowers_the_loss():
     engine, records = PlainEngine(tiny_policy(), sgd=True), []
     task = LanguageTask([text([1, 2, 3, 4, 5, 6], 0)] * 8)
     final = train(engine, task, settings_of(epochs=2.5, learning_rate=0.2), records.append)
-    assert [(r["step"], r["steps"]) for r in records] == [(2, 5), (4, 5), (5, 5)]
+    assert [(r["step"], r["steps"]) for r in records] == [(1, 5), (2, 5), (4, 5), (5, 5)]
     # 5 steps, cosine from 0.2 to 0.02: half-way at the middle step
     assert engine.rates[0] == 0.2
     assert engine.rates[2] == pytest.approx(0.11)
     assert engine.rates[4] == pytest.approx(0.02)
-    assert [r["loss"] for r in records] == pytest.approx([engine.losses[i] for i in (1, 3, 4)])
+    assert [r["loss"] for r in records] == pytest.approx([engine.losses[i] for i in (0, 1, 3, 4)])
     assert engine.losses[4] < engine.losses[0] / 2
     assert final.keys() == {"loss", "grad_norm", "learning_rate", "tokens_per_s"}
     assert final["loss"] == records[-1]["loss"]

@@ -11,7 +11,7 @@ from rayrlhf.config import Config, load_config
 from rayrlhf.errors import ConfigError, DataError
 from rayrlhf.stages.lineage import Lineage
 
-ALL = {"pretrain", "sft", "reward", "ppo"}
+ALL = {"pretrain", "sft", "reward", "dpo", "ppo"}
 FILES = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
 
 
@@ -58,7 +58,7 @@ def finish(folder: Path, lineage: Lineage, stage: str) -> None:
 
 def test_the_same_config_and_files_give_the_same_keys_and_each_stage_its_own(folder: Path) -> None:
     assert keys(folder) == keys(folder)
-    assert len(set(keys(folder).values())) == 4
+    assert len(set(keys(folder).values())) == 5
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_the_same_config_and_files_give_the_same_keys_and_each_stage_its_own(fol
     [
         ("text", ALL),
         ("demonstrations", ALL),
-        ("rankings", {"reward", "ppo"}),
-        ("heldout_rankings", {"reward", "ppo"}),
+        ("rankings", {"reward", "dpo", "ppo"}),
+        ("heldout_rankings", {"reward", "dpo", "ppo"}),
         ("prompts", {"ppo"}),
     ],
 )
@@ -84,9 +84,11 @@ def test_altering_a_data_file_changes_the_stages_that_read_it_and_their_descenda
     ("override", "stages"),
     [
         ("pretrain.epochs=2", ALL),
-        ("sft.dropout=0.1", {"sft", "reward", "ppo"}),
+        ("sft.dropout=0.1", {"sft", "reward", "dpo", "ppo"}),
         ("reward.learning_rate=1e-4", {"reward", "ppo"}),
         ("reward.unit_variance=true", {"reward", "ppo"}),
+        ("dpo.beta=0.5", {"dpo"}),
+        ("dpo.learning_rate=1e-4", {"dpo"}),
         ("ppo.steps=7", {"ppo"}),
         ("ppo.kl.coef=0.5", {"ppo"}),
         ("ppo.adam.eps=1e-6", {"ppo"}),
@@ -104,6 +106,7 @@ def test_altering_a_data_file_changes_the_stages_that_read_it_and_their_descenda
         ("cluster.policy.cpus=0.1", set()),
         ("cluster.call_timeout_s=1", set()),
         ("run.stages=[sft, ppo]", set()),
+        ("run.stages=[dpo]", set()),
     ],
 )
 def test_a_setting_changes_the_stages_that_it_touches_and_their_descendants_only(
@@ -125,6 +128,7 @@ def test_a_key_holds_the_keys_of_its_parents(folder: Path) -> None:
     assert lineage.parent_keys("pretrain") == {}
     assert lineage.parent_keys("sft") == {"pretrain": lineage.key("pretrain")}
     assert lineage.parent_keys("reward") == {"sft": lineage.key("sft")}
+    assert lineage.parent_keys("dpo") == {"sft": lineage.key("sft")}
     assert lineage.parent_keys("ppo") == {"sft": lineage.key("sft"), "reward": lineage.key("reward")}
     assert lineage.inputs("ppo")["parents"] == lineage.parent_keys("ppo")
 
@@ -180,7 +184,7 @@ def test_a_given_model_stands_for_its_stage_by_its_content(folder: Path) -> None
     assert lineage.parent_models("reward") == {"sft": str(sft)}
     assert keys(folder, *given) == before
     model_folder(folder / "given", "other weights")
-    assert changed(before, keys(folder, *given)) == {"sft", "reward", "ppo"}
+    assert changed(before, keys(folder, *given)) == {"sft", "reward", "dpo", "ppo"}
 
 
 def test_a_given_base_model_is_in_the_key_of_all_that_comes_from_it(folder: Path) -> None:
@@ -205,7 +209,7 @@ def test_altering_the_file_of_the_chat_template_changes_the_keys(folder: Path) -
     template.write_text("{{ messages[0].content }}", encoding="utf-8")
     before = keys(folder, f"model.chat_template={template}")
     template.write_text("{{ messages[0].content }}!", encoding="utf-8")
-    assert {"sft", "reward", "ppo"} <= changed(before, keys(folder, f"model.chat_template={template}"))
+    assert {"sft", "reward", "dpo", "ppo"} <= changed(before, keys(folder, f"model.chat_template={template}"))
 
 
 def test_the_limit_that_cuts_the_reward_models_demonstrations_changes_its_key(folder: Path) -> None:
