@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rayrlhf.config.base import Folder, NonNegativeInt, PositiveInt, Section
+from rayrlhf.config.base import Folder, NonNegativeInt, Positive, PositiveInt, Section
 
 __all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConfig"]
 
@@ -28,6 +28,8 @@ class RunConfig(Section):
     stages: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
     """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set; `dpo`, the
     baseline, runs only where it is named."""
+    max_loss: Positive = 1e4
+    """A loss beyond this, or one that is not finite, stops the run."""
 
 
 class CheckpointConfig(Section):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rayrlhf.engines.average import WeightAverage
 from rayrlhf.engines.distributed import all_reduce_max
 from rayrlhf.engines.gradients import GradientParts
+from rayrlhf.engines.guards import check_step, local_grad_norm
 from rayrlhf.errors import TrainingError
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
@@ -46,6 +47,12 @@ class LearnerSettings:
     eps: float
     weight_decay: float
     grad_clip: float
+    max_loss: float
+    """A global loss beyond this, of either sign, stops the run."""
+    failed_folder: str
+    """Where the batch goes that stopped it ..."""
+    role: str
+    """... in files named `<role>-<rank>`."""
     average: float | None = None
     """decay of an average of the weights; None keeps none"""
 
@@ -134,7 +141,8 @@ class Learner(_Engine):
             `first_norm` and `rest_norm`, of the gradients of `micro_batches` and of `rest` alone.
 
         Raises:
-            TrainingError: when the loss (the step is not taken) or the gradient is NaN or infinite.
+            TrainingError: on every rank, before the step is taken, when the loss or the gradient is NaN or infinite or
+                the loss is beyond `max_loss` (see engines/guards.py).
         """
         self.module.train()
         for group in self.engine.optimizer.param_groups:
@@ -151,14 +159,17 @@ class Learner(_Engine):
             self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
             if parts and ends_part:
                 parts.read()
-        # All ranks must agree to stop, or the others would wait in the step's collectives.
-        if all_reduce_max(0.0 if abs(total) < float("inf") else 1.0, self.device):
-            raise TrainingError(f"the loss is not finite (rank {self.rank}: {total})", "lower the learning rate")
-        plain_norm = self._plain_grad_norm()
+        local_norm = float(local_grad_norm(self.module))
+        check_step(self, total, local_norm, loss_function, [*micro_batches, *rest], dummy)
         self.engine.step()
-        norm = float(plain_norm if plain_norm is not None else self.engine.get_global_grad_norm())
+        # Without ZeRO in float32 DeepSpeed reports no norm; this rank's is then the whole gradient's.
+        norm = float(self.engine.get_global_grad_norm()) if _stage(self.settings) else local_norm
         if not math.isfinite(norm):  # the same on every rank, so all of them stop
-            raise TrainingError("the gradient is not finite; this step's weights are lost", "lower the learning rate")
+            raise TrainingError(
+                "the gradient's norm is too large for a float32, though every rank's share of it is not; this step's "
+                "weights are lost",
+                "lower the learning rate",
+            )
         if self.average:
             self.average.update()
         return {"loss": total, "grad_norm": norm} | (parts.norms(self.device) if parts else {})
@@ -190,12 +201,6 @@ class Learner(_Engine):
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(parameters, enabled=_stage(self.settings) == 3)
-
-    def _plain_grad_norm(self) -> Tensor | None:
-        """Without ZeRO in float32 DeepSpeed reports no norm; the gradients are still there to be measured."""
-        if self.settings.zero_stage or self.settings.dtype != "float32":
-            return None
-        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
 
 def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:

@@ -278,8 +278,8 @@ class _Run:
     def _learner(self, role: str) -> LearnerSettings:
         ppo = self.config.ppo
         if role == "policy":
-            return learner_settings(self.config, ppo.adam, ppo.zero_stage, ppo.learning_rate, ppo.ema)
-        return learner_settings(self.config, ppo.adam, ppo.zero_stage, ppo.value_learning_rate)
+            return learner_settings(self.context, role, ppo.adam, ppo.zero_stage, ppo.learning_rate, ppo.ema)
+        return learner_settings(self.context, role, ppo.adam, ppo.zero_stage, ppo.value_learning_rate)
 
 
 class _StageSink:

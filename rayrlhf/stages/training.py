@@ -85,7 +85,7 @@ def run_training(
         trust_remote_code=config.model.trust_remote_code,
         seed=config.run.seed,
         deterministic=config.run.deterministic,
-        learner=learner_settings(config, section.adam, section.zero_stage, section.learning_rate),
+        learner=learner_settings(context, stage, section.adam, section.zero_stage, section.learning_rate),
         train=train_settings(config, section),
         data=ray.put(data),
         extra=extra,
@@ -98,9 +98,15 @@ def run_training(
 
 
 def learner_settings(
-    config: Config, adam: Adam, zero_stage: int, learning_rate: float, average: float | None = None
+    context: StageContext,
+    role: str,
+    adam: Adam,
+    zero_stage: int,
+    learning_rate: float,
+    average: float | None = None,
 ) -> LearnerSettings:
-    """What a DeepSpeed learner of any stage needs of the config."""
+    """What a DeepSpeed learner of any stage needs of the config; `role` names the files of a batch that failed."""
+    config = context.config
     return LearnerSettings(
         zero_stage=zero_stage,
         dtype=config.model.dtype,
@@ -110,6 +116,9 @@ def learner_settings(
         eps=adam.eps,
         weight_decay=adam.weight_decay,
         grad_clip=adam.grad_clip,
+        max_loss=config.run.max_loss,
+        failed_folder=str((context.folder / "failed").resolve()),
+        role=role,
         average=average,
     )
 

@@ -307,10 +307,20 @@ def new_learner(module: nn.Module, stage: int, kind: str = "adamw") -> Any:
 
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, two thirds of the time goes there
     a = LEARNERS[kind]
-    return Learner(
-        module,
-        LearnerSettings(stage, "float32", "cpu", a.learning_rate, a.betas, a.eps, a.weight_decay, grad_clip=MAX_NORM),
+    settings = LearnerSettings(
+        zero_stage=stage,
+        dtype="float32",
+        device="cpu",
+        learning_rate=a.learning_rate,
+        betas=a.betas,
+        eps=a.eps,
+        weight_decay=a.weight_decay,
+        grad_clip=MAX_NORM,
+        max_loss=1e4,
+        failed_folder="failed",
+        role="test",
     )
+    return Learner(module, settings)
 
 
 def updates() -> dict[str, Any]:
@@ -376,6 +386,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     torch.save((found, done if rank == 0 else {}), Path(folder) / f"{rank}.pt")
     deepspeed.comm.barrier()
     gc.unfreeze()
+    deepspeed.comm.destroy_process_group()  # else its threads may outlive the interpreter, which then aborts
 
 
 # ---- the comparison --------------------------------------------------------------------------------------------------
