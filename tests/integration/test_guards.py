@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayrlhf.config.model import FromScratch
+from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import PolicyModel, from_scratch
 from rayrlhf.types import Experience, Rollout, RolloutInfo
@@ -85,7 +86,7 @@ def ppo_step(learner: Any, data: list[Experience]) -> None:
 
     mine = [[0], [1, 2, 3]][learner.rank] if learner.world_size == 2 else [0, 1, 2, 3]
     # 11 tokens a micro-batch: one row each, the longest first.
-    update_policy(learner, data, [mine], data[0], UpdateSettings(clip=0.2, micro_batch_tokens=11), 1e-3)
+    update_policy(learner, data, [mine], data[0], UpdateSettings(clip=0.2, cutting=Cutting(11, packed=False)), 1e-3)
 
 
 def with_advantage(value: float) -> list[Experience]:
@@ -143,7 +144,7 @@ def strict_limit(stage: int, folder: str) -> None:
 
     learner = new_learner(policy(), stage, folder, "strict_limit", max_loss=2.0)
     examples = [LMExample(e.rollout.tokens, 0, "") for e in experiences()]
-    settings = TrainSettings(1e-3, len(examples), 1, 0.0, 0.1, 16, 1, 0)
+    settings = TrainSettings(1e-3, len(examples), 1, 0.0, 0.1, Cutting(16, packed=False), 1, 0)
     train(learner, LanguageTask(examples), settings, lambda record: None)
 
 
@@ -176,7 +177,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.errors import TrainingError
 
-    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1))
+    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     raised: dict[str, list[str] | None] = {}
     for name, case in CASES.items():
         for stage in STAGES:
@@ -242,14 +243,14 @@ def test_a_nan_advantage_is_named_and_is_in_the_file(stage: int, outcome: Outcom
     assert f"its batch is in {outcome.failed}/nan_advantage-{stage}-{rank}.safetensors" in message
     written = outcome.tensors("nan_advantage", stage, rank)
     assert written["1.advantages"].isnan().tolist() == [False] * 5 + [True]
-    assert written["1.batch.tokens"].shape == (1, 8)
+    assert written["1.batch.layout.tokens"].shape == (1, 8)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_rank_leaves_its_batch_and_what_it_found(stage: int, outcome: Outcome) -> None:
     for rank in range(outcome.world):
         rows = 4 if outcome.world == 1 else (1, 3)[rank]
-        tokens = [k for k in outcome.tensors("nan_advantage", stage, rank) if k.endswith(".batch.tokens")]
+        tokens = [k for k in outcome.tensors("nan_advantage", stage, rank) if k.endswith(".layout.tokens")]
         description = outcome.description("nan_advantage", stage, rank)
         assert len(tokens) == len(description["loss_share_per_micro_batch"]) == rows
         assert description["settings"]["zero_stage"] == stage

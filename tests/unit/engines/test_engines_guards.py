@@ -14,6 +14,7 @@ from engines_fakes import CPU, PlainEngine, experiences
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rayrlhf.data.batching import Cutting
 from rayrlhf.engines import guards
 from rayrlhf.engines.batches import cut_experiences
 from rayrlhf.engines.guards import check_step, first_bad_tensor, local_grad_norm, tensors_of, write_batch
@@ -48,9 +49,9 @@ def test_tensors_are_named_by_their_way_through_dataclasses_tuples_and_mappings(
 
 
 def test_of_an_experience_batch_all_tensors_are_found_and_of_its_rollouts_the_ids() -> None:
-    (batch,) = cut_experiences(experiences([(2, 3), (2, 4)]), 100, CPU)
+    (batch,) = cut_experiences(experiences([(2, 3), (2, 4)]), Cutting(100), CPU)
     found = tensors_of(batch)
-    assert {"batch.tokens", "batch.positions", "old_logprobs", "advantages", "returns", "mask"} <= set(found)
+    assert {"batch.layout.tokens", "batch.positions", "old_logprobs", "advantages", "returns", "mask"} <= set(found)
     assert sorted(found["batch.rollouts.sample_id"].tolist()) == [100, 101]
     assert not [name for name in found if "versions" in name]
 
