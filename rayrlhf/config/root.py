@@ -59,6 +59,20 @@ class Config(Section):
         for stage in self.stages():
             if not getattr(self.data, needs[stage]):
                 raise ValueError(f"run.stages has {stage} but data.{needs[stage]} is empty")
+        if "sft" in self.stages() and self.sft.pretrain_mix.coef and not self.data.text:
+            raise ValueError(
+                f"sft.pretrain_mix.coef is {self.sft.pretrain_mix.coef:g} but data.text is empty: "
+                "give text, or set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _epochs_are_judged_on_something(self) -> Config:
+        if "sft" in self.stages() and self.sft.select.by != "last" and self.data.heldout_fraction == 0:
+            raise ValueError(
+                f"sft.select.by is {self.sft.select.by} but data.heldout_fraction is 0, so nothing is held out to "
+                "judge the epochs on: raise it, or set sft.select.by to last"
+            )
         return self
 
     @model_validator(mode="after")
@@ -109,7 +123,9 @@ class Config(Section):
 def check_context(config: Config, context: int, name: str) -> None:
     """Raise ValueError if any stage's longest sequence is over `context` tokens; `name` says whose limit it is."""
     responses = {}
-    if "ppo" in config.stages():
+    mixes_text = "sft" in config.stages() and config.sft.pretrain_mix.coef > 0
+    # The blocks of text for a named model are as long as its longest sequences.
+    if "ppo" in config.stages() or (mixes_text and config.model.path):
         responses["rollout.max_tokens"] = config.rollout.max_tokens
     if "sft" in config.stages() or ("reward" in config.stages() and config.data.demonstrations):
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.base import Fraction, NonNegative, Positive, PositiveInt, Section, ZeroStage
 
-__all__ = ["Adam", "DPOConfig", "PretrainConfig", "RewardConfig", "SFTConfig", "SupervisedConfig"]
+__all__ = [
+    "Adam",
+    "DPOConfig",
+    "PretrainConfig",
+    "PretrainMixConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "SelectConfig",
+    "SupervisedConfig",
+]
 
 
 class Adam(Section):
@@ -46,6 +55,48 @@ class PretrainConfig(SupervisedConfig):
     """Stop here even if the epochs are not over."""
 
 
+class PretrainMixConfig(Section):
+    """Blocks of `data.text` learned beside the demonstrations, in the same optimizer steps:
+
+        loss = mean over the response tokens + coef * mean over the text tokens
+
+    each a mean over all tokens of its own minibatch. Text that is to have a share s of the loss needs s / (1 - s): the
+    10 % of pretraining data that the paper mixes in before PPO (Ouyang et al. 2022, appendix C.3) are coef 0.111, since
+    (SFT + 0.111 text) is (0.9 SFT + 0.1 text) / 0.9, and Adam does not see the 0.9. "SFT loss + 0.5 x pretraining loss"
+    is coef 0.5.
+    """
+
+    coef: NonNegative = 0.0
+    """0 reads no text."""
+    examples_per_demonstration: Positive = 0.125
+    """Blocks a step for each of `sft.batch_size`, at least one: how much text the mean is taken over, not its weight.
+    Beside the paper's 32 demonstrations 4 blocks, as many as a batch with 10 % of text holds."""
+
+
+class SelectConfig(Section):
+    """Which epoch's weights `sft` keeps.
+
+    Ouyang et al. 2022 (section 3.5, appendix C.1): held-out loss is at its best after one epoch, more epochs are better
+    by reward-model score and by people's ratings, so their models were chosen by reward-model score.
+    """
+
+    by: Literal["last", "heldout_loss", "reward"] = "last"
+    """`last`; or of all epochs that with the lowest loss on held-out demonstrations, or the highest mean score of its
+    own responses to their prompts. Ties go to the earlier one."""
+    reward_model: str | None = None
+    """For `reward`: an existing reward model that reads the policy's tokens (Hugging Face name or folder)."""
+    prompts: PositiveInt = 64
+    """For `reward`: at most so many held-out prompts are answered, greedily, after each epoch."""
+
+    @model_validator(mode="after")
+    def _a_reward_model_where_one_judges(self) -> SelectConfig:
+        if self.by == "reward" and self.reward_model is None:
+            raise ValueError("by reward needs reward_model: name an existing reward model")
+        if self.by != "reward" and self.reward_model is not None:
+            raise ValueError(f"by {self.by} and reward_model contradict each other: set by to reward, or leave it out")
+        return self
+
+
 class SFTConfig(SupervisedConfig):
     path: str | None = None
     """An existing SFT model (Hugging Face name or folder): the stage is skipped and this one is used."""
@@ -55,6 +106,17 @@ class SFTConfig(SupervisedConfig):
     max_response_tokens: PositiveInt = 128
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
     """Residual dropout (the paper's 0.2); only for architectures that have it."""
+    pretrain_mix: PretrainMixConfig = PretrainMixConfig()
+    select: SelectConfig = SelectConfig()
+
+    @model_validator(mode="after")
+    def _sharded_weights_do_not_generate(self) -> SFTConfig:
+        if self.select.by == "reward" and self.zero_stage == 3:
+            raise ValueError(
+                "select.by reward and zero_stage 3 contradict each other: a rank needs whole weights to generate "
+                "responses; take zero_stage 2 or less, or select.by heldout_loss"
+            )
+        return self
 
 
 class RewardConfig(SupervisedConfig):

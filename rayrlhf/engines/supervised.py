@@ -2,13 +2,13 @@
 
 The loop knows no loss: a task says how its examples become micro-batches, what a minibatch is divided by, and what
 the loss of a micro-batch is. pretrain and sft share `LanguageTask`; reward is `RankingTask`; dpo has its own,
-`preference.PreferenceTask`.
+`preference.PreferenceTask`. A `Mix` adds a second task's loss to every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
@@ -20,13 +20,14 @@ from rayrlhf.algorithms import lm_loss, ranking_loss
 from rayrlhf.data.batching import Cutting, balance, epoch_order
 from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.engines.batches import Layout, lay_out, spans
-from rayrlhf.engines.deepspeed import Learner
+from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.engines.schedule import cosine_with_warmup
 
 __all__ = [
     "LanguageBatch",
     "LanguageTask",
+    "Mix",
     "RankingTask",
     "Task",
     "TrainSettings",
@@ -39,6 +40,8 @@ __all__ = [
 M = TypeVar("M")
 Module = Callable[..., Tensor]
 Log = Callable[[dict[str, Any]], None]
+AfterEpoch = Callable[[int, int], None]
+"""Called with the steps taken and those of the whole training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,13 @@ class TrainSettings:
     max_steps: int | None = None
 
     def steps(self, examples: int) -> int:
-        """Optimizer steps; each epoch drops its last, short batch unless there is no other."""
-        per_epoch = max(1, examples // self.batch_size)
-        total = max(1, round(per_epoch * self.epochs))
+        """Optimizer steps in all."""
+        total = max(1, round(self.steps_per_epoch(examples) * self.epochs))
         return min(total, self.max_steps) if self.max_steps else total
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Each epoch drops its last, short batch unless there is no other."""
+        return max(1, examples // self.batch_size)
 
 
 class Task(Protocol[M]):
@@ -88,40 +94,108 @@ class Task(Protocol[M]):
         ...
 
 
-def train(learner: Learner, task: Task[M], settings: TrainSettings, log: Log) -> dict[str, float]:
-    """Run all steps; `log` gets a record of the first and of every `log_every`-th. Returns the last one's numbers."""
-    total = settings.steps(len(task.sizes))
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A second task, whose loss joins the first one's in every optimizer step."""
+
+    name: str
+    """of its loss in the records"""
+    task: Task[Any]
+    coef: float
+    batch_size: int
+    """examples a step; all of them where there are fewer"""
+    seed: int
+    """of its own shuffles"""
+
+
+def train(
+    learner: Learner,
+    task: Task[Any],
+    settings: TrainSettings,
+    log: Log,
+    mix: Mix | None = None,
+    after_epoch: AfterEpoch | None = None,
+) -> dict[str, float]:
+    """Run all steps; `log` gets a record of the first and of every `log_every`-th. Returns the last one's numbers.
+
+    With a `mix` a step's loss is task + coef * mix, each over its own minibatch, and each is logged as it is.
+    `after_epoch` is called on all ranks at the end of every epoch, and after the last step in any case.
+    """
+    total, per_epoch = settings.steps(len(task.sizes)), settings.steps_per_epoch(len(task.sizes))
     warmup = round(settings.warmup_ratio * total)
-    dummy, record = task.dummy(learner.device), dict[str, float]()
+    dummy, record = (0, task.dummy(learner.device)), dict[str, float]()
     start, tokens = perf_counter(), 0
-    for step, batch in zip(range(total), _batches(len(task.sizes), settings), strict=False):
+    for step, terms in zip(range(total), _terms(task, mix, settings), strict=False):
         rate = cosine_with_warmup(step, total, settings.learning_rate, warmup, settings.final_lr_ratio)
-        shares = balance([task.sizes[i] for i in batch], learner.world_size)
-        mine = [batch[i] for i in shares[learner.rank]]
-        denominator = task.denominator(batch)
-        result = learner.train_step(
-            lambda module, m, d=denominator: task.loss(module, m, d),
-            task.cut(mine, settings.cutting, learner.device),
-            dummy,
-            rate,
-        )
-        tokens += sum(task.sizes[i] for i in batch)
-        shares_of_rank = {"loss": result["loss"], **task.take_metrics()}
+        losses, norm = _take_step(learner, terms, settings.cutting, dummy, rate)
+        tokens += sum(term.task.sizes[i] for term in terms for i in term.batch)
+        shares = losses | task.take_metrics()
         if step == 0 or (step + 1) % settings.log_every == 0 or step + 1 == total:
             elapsed = perf_counter() - start
-            record = {
-                **_sum_over_ranks(shares_of_rank, learner.device),
-                "grad_norm": result["grad_norm"],
-                "learning_rate": rate,
-                "tokens_per_s": tokens / elapsed,
-            }
+            record = _sum_over_ranks(shares, learner.device)
+            record |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_s": tokens / elapsed}
             log({"step": step + 1, "steps": total, "elapsed_s": elapsed, **record})
+        if after_epoch is not None and ((step + 1) % per_epoch == 0 or step + 1 == total):
+            paused = perf_counter()
+            after_epoch(step + 1, total)
+            start += perf_counter() - paused  # what is logged is the speed of training alone
     return record
 
 
 def _sum_over_ranks(shares: dict[str, float], device: torch.device) -> dict[str, float]:
     total = all_reduce_sum(torch.tensor(list(shares.values()), dtype=torch.float64, device=device))
     return dict(zip(shares, total.tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One of the losses that an optimizer step adds up."""
+
+    name: str
+    task: Task[Any]
+    coef: float
+    batch: list[int]
+    """its minibatch, over all ranks"""
+
+
+def _terms(task: Task[Any], mix: Mix | None, settings: TrainSettings) -> Iterator[list[_Term]]:
+    """What each step adds up, without end; the task's minibatches are the same with a mix and without."""
+    batches = _batches(len(task.sizes), settings)
+    if mix is None:
+        yield from ([_Term("loss", task, 1.0, batch)] for batch in batches)
+    else:
+        others = _batches(len(mix.task.sizes), replace(settings, batch_size=mix.batch_size, seed=mix.seed))
+        for batch, other in zip(batches, others, strict=False):
+            yield [_Term("loss", task, 1.0, batch), _Term(mix.name, mix.task, mix.coef, other)]
+
+
+def _take_step(
+    learner: Learner, terms: Sequence[_Term], cutting: Cutting, dummy: tuple[int, Any], rate: float
+) -> tuple[dict[str, float], float]:
+    """(this rank's share of each term's loss by its name, the gradient's norm) of one step on the sum of coef * loss.
+
+    A micro-batch belongs to one term, whose number comes with it.
+    """
+    rows = [(number, i) for number, term in enumerate(terms) for i in term.batch]
+    shares = balance([terms[number].task.sizes[i] for number, i in rows], learner.world_size)
+    mine = [rows[i] for i in shares[learner.rank]]
+    denominators = [term.task.denominator(term.batch) for term in terms]
+    losses = {term.name: 0.0 for term in terms}
+
+    def loss(module: Module, numbered: tuple[int, Any]) -> Tensor:
+        number, micro_batch = numbered
+        value = terms[number].task.loss(module, micro_batch, denominators[number])
+        if numbered is not dummy:
+            losses[terms[number].name] += float(value.detach())
+        return terms[number].coef * value
+
+    micro_batches = [
+        (number, micro_batch)
+        for number, term in enumerate(terms)
+        for micro_batch in term.task.cut([i for n, i in mine if n == number], cutting, learner.device)
+    ]
+    result = learner.train_step(loss, micro_batches, dummy, rate)
+    return losses, result["grad_norm"]
 
 
 def _batches(examples: int, settings: TrainSettings) -> Iterator[list[int]]:
@@ -245,7 +319,7 @@ def _ranking_batch(examples: Sequence[RankingExample], layout: Layout) -> _Ranki
     return _RankingBatch(layout, _last(layout, [r for e in examples for r in e.responses]), ranks, prompts)
 
 
-def score_sequences(learner: Learner, sequences: Sequence[np.ndarray], cutting: Cutting) -> list[float]:
+def score_sequences(learner: Learner | FrozenModel, sequences: Sequence[np.ndarray], cutting: Cutting) -> list[float]:
     """A scalar model's output at the last token of each sequence; shared out over the ranks, returned on all."""
 
     def forward(module: Module, layout: Layout, held: Sequence[int]) -> Tensor:
@@ -255,7 +329,7 @@ def score_sequences(learner: Learner, sequences: Sequence[np.ndarray], cutting: 
 
 
 def infer_sequences(
-    learner: Learner,
+    learner: Learner | FrozenModel,
     sequences: Sequence[np.ndarray],
     forward: Callable[[Module, Layout, Sequence[int]], Tensor],
     cutting: Cutting,

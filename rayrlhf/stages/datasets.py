@@ -23,7 +23,7 @@ from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.errors import DataError
 from rayrlhf.types import PromptTokens, Ranking
 
-__all__ = ["Datasets", "Split"]
+__all__ = ["Datasets", "Split", "block_tokens"]
 
 E = TypeVar("E")
 
@@ -43,6 +43,13 @@ def _pairs_by_source(rankings: Sequence[Ranking]) -> Counter[str]:
     for ranking in rankings:
         counts[ranking.source] += sum(a != b for a, b in combinations(ranking.ranks, 2))
     return counts
+
+
+def block_tokens(config: Config) -> int:
+    """Of a block of text: the context of a model from scratch; of a named one, the longest sequence asked of it."""
+    if config.model.from_scratch is not None:
+        return config.model.from_scratch.context
+    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_response_tokens)
 
 
 class Datasets:
@@ -68,7 +75,7 @@ class Datasets:
     @cached_property
     def pretrain(self) -> Split:
         """`data.text` in blocks; every 1/heldout_fraction-th is held out, from all stages that read text."""
-        context = self._block_tokens()
+        context = block_tokens(self._config)
         blocks = tokenized.pack_text(self.tokenizer, self._texts, context)
         examples = [LMExample(block, 0, "") for block in blocks]
         fraction = self._config.data.heldout_fraction
@@ -84,6 +91,11 @@ class Datasets:
         data, longest = self._config.data, self._config.sft.max_response_tokens
         train, heldout = split_by_prompt(self._demonstrations, data.heldout_fraction, self._config.run.seed)
         return self._split(tokenized.tokenize_demonstrations, train, heldout, longest)
+
+    @cached_property
+    def sft_text(self) -> list[LMExample]:
+        """The blocks that `sft.pretrain_mix` mixes in; none where it is off."""
+        return self.pretrain.train if self._config.sft.pretrain_mix.coef else []
 
     @cached_property
     def reward(self) -> Split:
@@ -112,13 +124,6 @@ class Datasets:
             self.tokenizer, records, data.max_prompt_tokens, data.overlong_prompts
         )
         return kept, asdict(report)
-
-    def _block_tokens(self) -> int:
-        """The context of a model from scratch; of a named one, the longest sequence that the run asks of it."""
-        config = self._config
-        if config.model.from_scratch is not None:
-            return config.model.from_scratch.context
-        return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_response_tokens)
 
     def _rankings_within(self, longest: int) -> Split:
         train, heldout, implied = self._rankings

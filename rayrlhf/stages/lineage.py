@@ -12,6 +12,7 @@ from rayrlhf.config import Config
 from rayrlhf.config.run import STAGES, StageName
 from rayrlhf.data.readers import fingerprint_sources
 from rayrlhf.errors import ConfigError
+from rayrlhf.stages.datasets import block_tokens
 
 __all__ = ["PARENTS", "Lineage", "absolute"]
 
@@ -99,10 +100,10 @@ class Lineage:
 
     def _collect(self, stage: StageName) -> dict[str, Any]:
         config = self._config
-        names = SOURCES[stage]
-        if stage == "ppo" and config.ppo.ptx.coef:
-            names += ("text",)
+        mixed = (stage == "sft" and config.sft.pretrain_mix.coef > 0) or (stage == "ppo" and config.ppo.ptx.coef > 0)
+        names = (*SOURCES[stage], "text") if mixed else SOURCES[stage]
         sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in names}
+        judge = config.sft.select.reward_model
         roles = ("train",) if stage != "ppo" else ("policy", "reference", "reward", "value", "rollout")
         limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
         return {
@@ -117,6 +118,8 @@ class Lineage:
             "device": config.cluster.device,
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
             "parents": {parent: self._keys[parent] for parent in PARENTS[stage]},
+            **({"block_tokens": block_tokens(config)} if mixed else {}),
+            **({"judge": hash_model_folder(absolute(judge))} if stage == "sft" and judge else {}),
         }
 
 

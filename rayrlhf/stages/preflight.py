@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config, check_context
 from rayrlhf.config.data import SOURCE_FIELDS
 from rayrlhf.config.run import StageName
 from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.readers import check_sources
-from rayrlhf.errors import ConfigError, ModelError
+from rayrlhf.errors import ConfigError, DataError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
 from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.stages.lineage import absolute
@@ -22,7 +24,7 @@ from rayrlhf.weights.transports import TRANSPORTS
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-__all__ = ["check_data", "check_files", "check_models", "check_output"]
+__all__ = ["check_data", "check_files", "check_models", "check_output", "check_selection"]
 
 
 def check_files(config: Config) -> None:
@@ -55,6 +57,8 @@ def check_models(config: Config) -> None:
         _check_head_size(config)
     if config.reward.path is not None and "ppo" in config.stages():
         _check_reward_model(config, absolute(config.reward.path))
+    if "sft" in config.stages() and config.sft.select.reward_model is not None:
+        _check_judge(config, absolute(config.sft.select.reward_model))
 
 
 def _check_advantage(config: Config) -> None:
@@ -76,6 +80,16 @@ def _check_advantage(config: Config) -> None:
 
 
 def _check_model(config: Config, key: str, path: str) -> None:
+    limit = context_length(_check_shape(config, key, path))
+    if limit is not None:
+        try:
+            check_context(config, limit, f"the context of {key}")
+        except ValueError as error:
+            raise ConfigError(str(error), "shorten them, or take a model with a longer context") from None
+
+
+def _check_shape(config: Config, key: str, path: str) -> PretrainedConfig:
+    """The model's config, once it and the tokenizer beside it are found to be usable."""
     trust = config.model.trust_remote_code
     try:
         shape = read_config(path, trust)
@@ -93,12 +107,7 @@ def _check_model(config: Config, key: str, path: str) -> None:
                 f"{key} {path}: the model transforms its logits ({name}), which the trainer would leave out",
                 "take a model whose head is linear",
             )
-    limit = context_length(shape)
-    if limit is not None:
-        try:
-            check_context(config, limit, f"the context of {key}")
-        except ValueError as error:
-            raise ConfigError(str(error), "shorten them, or take a model with a longer context") from None
+    return shape
 
 
 def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dict[str, int]]:
@@ -116,7 +125,21 @@ def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dic
         else:
             split: Split = getattr(data, stage)
             counts[stage] = split.counts
+        if stage == "sft" and data.sft_text:
+            counts[stage] = counts[stage] | {"text_blocks": len(data.sft_text)}
     return counts
+
+
+def check_selection(config: Config, data: Datasets) -> None:
+    """There is something to judge the epochs on once long prompts are dropped, and who judges reads the same tokens."""
+    select = config.sft.select
+    if select.by != "last" and not data.sft.heldout:
+        raise DataError(
+            f"sft.select.by is {select.by}, but no held-out demonstration is left to judge the epochs on",
+            "raise data.heldout_fraction or data.max_prompt_tokens, or set sft.select.by to last",
+        )
+    if select.reward_model is not None:
+        _check_vocabulary(config, "sft.select.reward_model", absolute(select.reward_model), data.tokenizer)
 
 
 def _check_dropout(config: Config) -> None:
@@ -152,24 +175,44 @@ def _check_head_size(config: Config) -> None:
 
 
 def _check_reward_model(config: Config, path: str) -> None:
-    """The reward model must read the policy's token ids as the same tokens."""
-    trust = config.model.trust_remote_code
+    _check_reward_head("reward.path", path, read_config(path, config.model.trust_remote_code))
     policy = config.sft.path or config.model.path
-    shape = read_config(path, trust)
+    assert policy is not None  # the config refuses reward.path beside a model from scratch
+    tokenizer = load_tokenizer(absolute(policy), config.model.chat_template, config.model.trust_remote_code)
+    _check_vocabulary(config, "reward.path", path, tokenizer)
+
+
+def _check_judge(config: Config, path: str) -> None:
+    """The reward model of `sft.select`, all but its vocabulary: a policy from scratch has no tokenizer yet."""
+    key, longest = "sft.select.reward_model", config.data.max_prompt_tokens + config.sft.max_response_tokens
+    shape = _check_shape(config, key, path)
+    _check_reward_head(key, path, shape)
+    limit = context_length(shape)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sft.max_response_tokens "
+            f"{config.sft.max_response_tokens} is over the context of {key} {limit}",
+            "shorten them, or take a model with a longer context",
+        )
+
+
+def _check_reward_head(key: str, path: str, shape: PretrainedConfig) -> None:
     architecture = (shape.architectures or ["model of unknown architecture"])[0]
     if not architecture.endswith("ForSequenceClassification") or shape.num_labels != 1:
         raise ModelError(
-            f"reward.path {path}: a {architecture} with {shape.num_labels} labels has no reward head",
+            f"{key} {path}: a {architecture} with {shape.num_labels} labels has no reward head",
             "take a sequence-classification model with one label, such as the `reward` stage writes",
         )
-    assert policy is not None  # the config refuses reward.path beside a model from scratch
-    policy = absolute(policy)
-    theirs = load_tokenizer(path, config.model.chat_template, trust).get_vocab()
-    ours = load_tokenizer(policy, config.model.chat_template, trust).get_vocab()
+
+
+def _check_vocabulary(config: Config, key: str, path: str, policy: PreTrainedTokenizerBase) -> None:
+    """The reward model must read the policy's token ids as the same tokens."""
+    theirs = load_tokenizer(path, config.model.chat_template, config.model.trust_remote_code).get_vocab()
+    ours = policy.get_vocab()
     if theirs != ours:
         differing = sum(theirs.get(token) != index for token, index in ours.items())
         raise ModelError(
-            f"reward.path {path}: its vocabulary ({len(theirs)} tokens) does not fit the policy's ({len(ours)}): "
+            f"{key} {path}: its vocabulary ({len(theirs)} tokens) does not fit the policy's ({len(ours)}): "
             f"{differing} tokens have another id or none",
             "a reward model scores token ids: take one trained with the policy's tokenizer",
         )

@@ -62,6 +62,8 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     tokenizer = lineage.model("sft") if config.sft.path else lineage.model("pretrain")
     data = Datasets(config, tokenizer)
     counts = preflight.check_data(data, todo)
+    if "sft" in todo:
+        preflight.check_selection(config, data)
     _check_parents(config, lineage, todo)
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)

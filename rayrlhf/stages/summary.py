@@ -63,7 +63,8 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
     if stage in ("pretrain", "sft"):
         if "heldout_loss" not in result:
             return f"train loss {result['train_loss']:.3f}"
-        return f"held-out loss {result['heldout_loss_before']:.3f} -> {result['heldout_loss']:.3f}"
+        kept = f", kept from step {result['selected']['step']}" if "selected" in result else ""
+        return f"held-out loss {result['heldout_loss_before']:.3f} -> {result['heldout_loss']:.3f}{kept}"
     if stage == "reward":
         return f"train loss {result['train_loss']:.3f}"
     if stage == "dpo":

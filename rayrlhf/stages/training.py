@@ -30,6 +30,10 @@ from rayrlhf.stages.progress import StageProgress
 
 __all__ = ["TrainingJob", "learner_settings", "run_training", "train_settings"]
 
+# What a person sees of a record, and what it is called there.
+SHOWN = {"loss": "loss", "pretrain_loss": "pretrain loss", "learning_rate": "lr"}
+JUDGED = {"heldout_loss": "held-out loss", "reward": "reward"}
+
 WorkerBody = Callable[["TrainingJob"], dict[str, Any]]
 
 
@@ -207,9 +211,14 @@ def _explain(error: BaseException, job: TrainingJob) -> Exception:
 def _show(context: StageContext, progress: StageProgress, stage: str, record: dict[str, Any]) -> None:
     if "phase" in record:
         progress.phase(record["phase"])
+        return
+    context.sink.write({"stage": stage, **record})
+    if "heldout_loss" in record:  # an epoch is judged: rare, so it gets a line even where there is a bar
+        words = "  ".join(f"{name} {record[key]:.4g}" for key, name in JUDGED.items() if key in record)
+        context.console.print(f"{stage:<9} {record['step']}/{record['steps']}  {words}", highlight=False)
     else:
-        context.sink.write({"stage": stage, **record})
-        progress.step(record["step"], record["steps"], {"loss": record["loss"], "lr": record["learning_rate"]})
+        numbers = {name: record[key] for key, name in SHOWN.items() if key in record}
+        progress.step(record["step"], record["steps"], numbers)
 
 
 class _Follower:

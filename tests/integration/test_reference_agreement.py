@@ -48,6 +48,7 @@ PTX_COEF = 2.5
 BLOCKS = np.random.default_rng(17).integers(2, VOCAB, (6, 12)).astype(np.int32)
 TEXT_ROWS = [5, 0, 3]
 KL_COEF, GAMMA, LAM = 0.1, 0.99, 0.95
+MIX_COEF = 0.5
 STAGES = [0, 1, 2, 3]
 # One row at a time, a few, all at once; and the optimizer that steps. Padded rows, then packed ones.
 BUDGETS = {
@@ -148,6 +149,11 @@ def demonstrations() -> list[LMExample]:
     return made
 
 
+def plain_texts() -> list[LMExample]:
+    rng = np.random.default_rng(17)
+    return [LMExample(rng.integers(2, VOCAB, n).astype(np.int32), 0, "") for n in (15, 15, 9)]
+
+
 def rankings() -> list[RankingExample]:
     """K from 2 to 4; ties within a prompt, and a prompt of ties alone."""
     rng = np.random.default_rng(13)
@@ -193,6 +199,19 @@ def expected_sft(architecture: str, tied: bool, kind: str) -> reference.Step:
     return reference.sft_step(lm, optimizer(lm, kind), batch, max_norm=MAX_NORM)
 
 
+def expected_mixed(architecture: str, tied: bool, kind: str) -> reference.Step:
+    lm = yardstick(policy(architecture, tied).lm)
+
+    def terms(examples: list[LMExample], coef: float) -> Iterator[Tensor]:
+        tokens = sum(len(e.tokens) - max(1, e.prompt_tokens) for e in examples)
+        for e in examples:
+            sample = reference.Sample(torch.tensor(e.tokens).long(), e.prompt_tokens)
+            yield coef * reference.language_loss(lm, sample) / tokens
+
+    objectives = {"sft": terms(demonstrations(), 1.0), "text": terms(plain_texts(), MIX_COEF)}
+    return reference.take_step(lm, optimizer(lm, kind), objectives, MAX_NORM)
+
+
 def expected_value(architecture: str, tied: bool, kind: str) -> reference.Step:
     classifier = yardstick(value_model(architecture).classifier)
     batch = [reference.PPOExample.of(e) for e in experiences(architecture, tied)]
@@ -231,6 +250,7 @@ TASKS = {
     "policy": Task(policy, list(HEADS), expected_policy),
     "ptx": Task(policy, list(HEADS), expected_ptx),
     "sft": Task(policy, list(HEADS), expected_sft),
+    "sft_mixed": Task(policy, ["tied"], expected_mixed),
     "value": Task(lambda architecture, tied: value_model(architecture), ["untied"], expected_value),
     "reward": Task(lambda architecture, tied: scalar(architecture), ["untied"], expected_reward),
 }
@@ -267,7 +287,7 @@ def run_step(
 ) -> tuple[Any, float, Any]:
     """One optimizer step of the product; (losses, gradient norm, gradient norms of its parts where measured)."""
     from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
-    from rayrlhf.engines.supervised import LanguageTask, RankingTask, TrainSettings, train
+    from rayrlhf.engines.supervised import LanguageTask, Mix, RankingTask, TrainSettings, train
 
     rate = LEARNERS[BUDGETS[budget]].learning_rate
     if task in ("policy", "ptx", "value"):
@@ -287,7 +307,8 @@ def run_step(
             losses["ptx"] = PTX_COEF * report["ptx/loss"]
         parts = {"policy": "policy/ppo_grad_norm", "ptx": "ptx/grad_norm"}
         return losses, report["policy/grad_norm"], {n: report[k] for n, k in parts.items() if k in report}
-    supervised: Any = LanguageTask(demonstrations()) if task == "sft" else RankingTask(rankings())
+    supervised: Any = RankingTask(rankings()) if task == "reward" else LanguageTask(demonstrations())
+    mix = Mix("text", LanguageTask(plain_texts()), MIX_COEF, 3, 0) if task == "sft_mixed" else None
     train_settings = TrainSettings(
         learning_rate=rate,
         batch_size=len(supervised.sizes),
@@ -298,8 +319,9 @@ def run_step(
         log_every=1,
         seed=0,
     )
-    record = train(learner, supervised, train_settings, lambda record: None)
-    return {task: record["loss"]}, record["grad_norm"], {}
+    record = train(learner, supervised, train_settings, lambda record: None, mix)
+    names = {"loss": (task.removesuffix("_mixed"), 1.0), "text": ("text", MIX_COEF)}
+    return {n: record[k] * coef for k, (n, coef) in names.items() if k in record}, record["grad_norm"], {}
 
 
 def new_learner(module: nn.Module, stage: int, kind: str = "adamw") -> Any:

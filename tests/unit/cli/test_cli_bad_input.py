@@ -477,6 +477,72 @@ def test_a_reward_model_without_a_head_is_refused(run_world: Run, models: Path) 
     assert_refused(done, "head")
 
 
+# ---- what the options of sft need
+
+
+def judged_by(folder: Path) -> str:
+    return f"sft.select={{by: reward, reward_model: {folder}}}"
+
+
+def test_a_reward_model_that_fits_may_judge_the_epochs(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", judged_by(models / "reward"), "--dry-run")
+    assert (done.code, done.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such model folder"),
+        ("policy", "a LlamaForCausalLM with 2 labels has no reward head"),
+        ("foreign", "its vocabulary (270 tokens) does not fit the policy's (320)"),
+        ("small_embedding", "100 embeddings for 320 tokens"),
+    ],
+)
+def test_a_model_that_cannot_judge_the_epochs_is_named_with_its_key(
+    run_world: Run, models: Path, name: str, message: str
+) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", judged_by(models / name))
+    assert_refused(done, "ModelError: sft.select.reward_model", str(models / name), message)
+
+
+def test_a_judge_whose_context_is_too_short_for_the_responses_is_refused(run_world: Run, models: Path) -> None:
+    done = run_world(f"model={{path: {models / 'policy'}}}", judged_by(models / "short"))
+    assert_refused(
+        done,
+        "data.max_prompt_tokens 96 + sft.max_response_tokens 32 is over the context of sft.select.reward_model 64",
+    )
+
+
+def test_the_vocabulary_of_a_judge_is_compared_with_the_one_that_a_model_from_scratch_will_have(
+    run_world: Run, models: Path
+) -> None:
+    assert_refused(run_world(judged_by(models / "foreign")), "sft.select.reward_model", "does not fit the policy's")
+
+
+def test_epochs_that_no_held_out_demonstration_can_judge_are_refused(run_world: Run, world: Path) -> None:
+    same = "".join(record(world / "demonstrations.jsonl", 1) + "\n" for _ in range(5))
+    (world / "demonstrations.jsonl").write_text(same, encoding="utf-8")
+    done = run_world("sft.select.by=heldout_loss")
+    assert_refused(done, "DataError: sft.select.by is heldout_loss, but no held-out demonstration is left")
+
+
+def test_text_to_mix_in_is_read_before_anything_starts(run_world: Run, world: Path, models: Path) -> None:
+    given = (f"model={{path: {models / 'policy'}}}", "sft.pretrain_mix.coef=0.1")
+    assert "text_blocks" not in run_world(given[0], "--dry-run").out
+    assert re.search(r"sft +kept .* text blocks [1-9]", run_world(*given, "--dry-run").out)
+    (world / "text.jsonl").write_text('{"text": "short"}\n', encoding="utf-8")
+    assert_refused(run_world(*given), "DataError: the pretraining text has", "less than one block of 128")
+
+
+def test_blocks_of_text_that_are_over_the_models_context_are_refused(run_world: Run, models: Path) -> None:
+    given = (f"model={{path: {models / 'policy'}}}", "rollout.max_tokens=33")
+    assert_refused(
+        run_world(*given, "sft.pretrain_mix.coef=0.1", command="sft"),
+        "data.max_prompt_tokens 96 + rollout.max_tokens 33 is over the context of model.path 128",
+    )
+    assert run_world(*given, "--dry-run", command="sft").code == 0
+
+
 # ---- GPUs and CPUs: found once Ray has said what there is
 
 

@@ -197,6 +197,13 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("ppo.adam.betas=[0.9, 2]", "ppo.adam.betas.1: found 2; input should be less than or equal to 1"),
         ("sft.dropout=1", "sft.dropout: found 1; input should be less than 1"),
         ("sft.dropout=.nan", "sft.dropout: found nan; input should be "),
+        ("sft.pretrain_mix=0.1", "sft.pretrain_mix: found 0.1; input should be a valid dictionary"),
+        ("sft.pretrain_mix.coef=-1", "sft.pretrain_mix.coef: found -1; input should be greater than or equal to 0"),
+        (
+            "sft.pretrain_mix.examples_per_demonstration=0",
+            "sft.pretrain_mix.examples_per_demonstration: found 0; input should be greater than 0",
+        ),
+        ("sft.select.by=best", "sft.select.by: found 'best'; input should be 'last', 'heldout_loss' or 'reward'"),
         ("data.heldout_fraction=0.6", "data.heldout_fraction: found 0.6; input should be less than or equal to 0.5"),
         ("data.overlong_prompts=cut", "data.overlong_prompts: found 'cut'; input should be 'drop' or 'refuse'"),
         ("weights.probe_tokens=63", "weights.probe_tokens: found 63; input should be greater than or equal to 64"),
@@ -293,6 +300,23 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "data.max_prompt_tokens 32 + dpo.max_response_tokens 33 is over model.from_scratch.context 64",
         ),
         (
+            ["model={path: a/b}", "data.text=[]", "sft.pretrain_mix.coef=0.5"],
+            "sft.pretrain_mix.coef is 0.5 but data.text is empty: give text, or set it to 0",
+        ),
+        (["sft.select.by=reward"], "sft.select: by reward needs reward_model: name an existing reward model"),
+        (
+            ["sft.select={by: heldout_loss, reward_model: a/b}"],
+            "sft.select: by heldout_loss and reward_model contradict each other: set by to reward, or leave it out",
+        ),
+        (
+            ["sft.select={by: reward, reward_model: a/b}", "sft.zero_stage=3"],
+            "sft: select.by reward and zero_stage 3 contradict each other",
+        ),
+        (
+            ["sft.select.by=heldout_loss", "data.heldout_fraction=0"],
+            "sft.select.by is heldout_loss but data.heldout_fraction is 0",
+        ),
+        (
             ["cluster.policy.ranks=3", "ppo.minibatch_size=2"],
             "cluster.policy.ranks 3 and ppo.minibatch_size 2 contradict each other",
         ),
@@ -329,6 +353,17 @@ def test_more_value_ranks_than_responses_in_a_minibatch_contradict_each_other(ba
 
 def test_the_length_of_rollouts_does_not_matter_to_a_run_without_ppo(base: Path) -> None:
     assert load(base, "run.stages=[sft]", "rollout.max_tokens=500").stages() == ("sft",)
+
+
+def test_sharded_weights_are_judged_by_their_loss_and_whole_ones_by_reward(base: Path) -> None:
+    assert load(base, "sft.select.by=heldout_loss", "sft.zero_stage=3").sft.zero_stage == 3
+    assert load(base, "sft.select={by: reward, reward_model: a/b}", "sft.zero_stage=2").sft.select.prompts == 64
+
+
+def test_a_run_that_is_given_its_sft_model_needs_no_text_to_mix_in_and_nothing_held_out(base: Path) -> None:
+    given = ("model={path: a/b}", "sft.path=a/c", "data.text=[]", "data.heldout_fraction=0")
+    config = load(base, *given, "sft.pretrain_mix.coef=0.1", "sft.select.by=heldout_loss")
+    assert config.stages() == ("reward", "ppo")
 
 
 def test_the_stages_come_in_the_order_of_the_recipe_and_once_each(base: Path) -> None:

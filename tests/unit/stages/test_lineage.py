@@ -85,6 +85,8 @@ def test_altering_a_data_file_changes_the_stages_that_read_it_and_their_descenda
     [
         ("pretrain.epochs=2", ALL),
         ("sft.dropout=0.1", {"sft", "reward", "dpo", "ppo"}),
+        ("sft.pretrain_mix.coef=0.1", {"sft", "reward", "dpo", "ppo"}),
+        ("sft.select.by=heldout_loss", {"sft", "reward", "dpo", "ppo"}),
         ("reward.learning_rate=1e-4", {"reward", "ppo"}),
         ("reward.unit_variance=true", {"reward", "ppo"}),
         ("dpo.beta=0.5", {"dpo"}),
@@ -199,6 +201,35 @@ def test_a_given_reward_model_changes_ppo_only(folder: Path) -> None:
     before = keys(folder, *given)
     model_folder(folder / "given", "other weights")
     assert changed(before, keys(folder, *given)) == {"reward", "ppo"}
+
+
+# ---- what sft reads only when it is asked to
+
+
+@pytest.mark.parametrize(("coef", "stages"), [(0.0, set()), (0.1, {"sft", "reward", "dpo", "ppo"})])
+def test_text_counts_among_what_sft_reads_only_where_it_is_mixed_in(
+    folder: Path, coef: float, stages: set[str]
+) -> None:
+    given = (f"model={{path: {model_folder(folder / 'base')}}}", f"sft.pretrain_mix.coef={coef}")
+    before = keys(folder, *given)
+    with open(folder / "text.jsonl", "a", encoding="utf-8") as stream:
+        stream.write("\n")
+    assert changed(before, keys(folder, *given)) == stages
+
+
+@pytest.mark.parametrize(("coef", "stages"), [(0.0, {"ppo"}), (0.1, {"sft", "reward", "dpo", "ppo"})])
+def test_the_length_of_the_blocks_of_text_is_in_the_key_where_they_are_mixed_in(
+    folder: Path, coef: float, stages: set[str]
+) -> None:
+    given = (f"model={{path: {model_folder(folder / 'base')}}}", f"sft.pretrain_mix.coef={coef}")
+    assert changed(keys(folder, *given), keys(folder, *given, "rollout.max_tokens=200")) == stages
+
+
+def test_other_weights_of_the_model_that_judges_the_epochs_make_another_sft(folder: Path) -> None:
+    given = f"sft.select={{by: reward, reward_model: {model_folder(folder / 'judge')}}}"
+    before = keys(folder, given)
+    model_folder(folder / "judge", "other weights")
+    assert changed(before, keys(folder, given)) == {"sft", "reward", "dpo", "ppo"}
 
 
 # ---- what a key should hold and does not

@@ -1,0 +1,197 @@
+"""What `sft` can be asked for: text mixed in, the best epoch instead of the last; dropout is off while it is judged."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rayrlhf.config.model import FromScratch
+from rayrlhf.data.batching import Cutting
+from rayrlhf.data.chat import load_tokenizer
+from rayrlhf.data.prompts import LMExample, tokenize_demonstrations
+from rayrlhf.data.readers import read_demonstrations
+from rayrlhf.data.split import split_by_prompt
+from tests.integration.conftest import FinishedRun, rayrlhf
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+RECORDS, HELDOUT, LONGEST = 20, 0.2, 48
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demonstrations that nobody could give: beyond their form there is nothing to learn but each of them by heart."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("noise")
+    rows = [
+        {"prompt": f"say {i}", "response": " ".join(str(rng.randrange(10)) for _ in range(4))} for i in range(RECORDS)
+    ]
+    (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def run_sft(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> FinishedRun:
+    """`rayrlhf sft` on the noise, from the pretrained model of the finished run; text as there."""
+    arguments = [
+        "configs/demo.yaml",
+        f"run.name={name}",
+        f"run.output={finished.output}",
+        f"model={{path: {finished.artifact('pretrain') / 'model'}}}",
+        "world.name=null",
+        f"data.root={noise}",
+        "data.demonstrations=[demonstrations.jsonl]",
+        f"data.text=[{finished.output / 'worlds/starter-0/text.jsonl'}]",
+        f"data.heldout_fraction={HELDOUT}",
+        f"sft.max_response_tokens={LONGEST}",
+        "sft.learning_rate=1e-2",
+        "sft.final_lr_ratio=1.0",
+        "sft.batch_size=4",
+        *overrides,
+    ]
+    done = rayrlhf("sft", *arguments, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(finished.output / name, finished.output, arguments, done.stdout, set())
+
+
+def held_out(finished: FinishedRun, noise: Path) -> list[LMExample]:
+    _, held = split_by_prompt(read_demonstrations(["demonstrations.jsonl"], noise), HELDOUT, 0)
+    tokenizer = load_tokenizer(finished.artifact("pretrain") / "model")
+    return tokenize_demonstrations(tokenizer, held, 48, 48 + LONGEST, "drop")[0]
+
+
+@torch.no_grad()
+def plain_loss(lm: Any, examples: list[LMExample]) -> float:
+    """Mean over all response tokens in float64, an example at a time."""
+    losses: list[float] = []
+    for e in examples:
+        table = lm.eval().double()(torch.from_numpy(e.tokens).long()[None]).logits[0].log_softmax(-1)
+        losses += [-float(table[t - 1, int(e.tokens[t])]) for t in range(max(1, e.prompt_tokens), len(e.tokens))]
+    return float(np.mean(losses))
+
+
+@torch.no_grad()
+def plain_reward(lm: Any, classifier: Any, examples: list[LMExample], eos: int) -> float:
+    """Mean normalised score of greedy responses, each prompt once and alone, all over again for every token."""
+    bias, scale = classifier.config.rayrlhf_reward_normalisation
+    scores = []
+    for prompt in {tuple(e.tokens[: e.prompt_tokens].tolist()) for e in examples}:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + LONGEST and (tokens[-1] != eos or len(tokens) == len(prompt)):
+            tokens.append(int(lm(torch.tensor([tokens])).logits[0, -1].argmax()))
+        hidden = classifier.base_model(torch.tensor([tokens])).last_hidden_state[0, -1]
+        scores.append((float(classifier.score(hidden)) - bias) / scale)
+    return float(np.mean(scores))
+
+
+def test_the_best_epoch_is_what_sharded_ranks_save_when_the_last_ones_overfit(
+    finished: FinishedRun, noise: Path
+) -> None:
+    run = run_sft(
+        finished,
+        noise,
+        "overfit",
+        "sft.epochs=14",
+        "sft.log_every=1",
+        "sft.pretrain_mix={coef: 0.5, examples_per_demonstration: 0.5}",
+        "sft.select.by=heldout_loss",
+        "sft.zero_stage=3",
+        "cluster.train.ranks=2",
+        "cluster.train.threads=1",
+    )
+    result, records, folder = run.summary["stages"]["sft"], run.metrics("sft"), run.artifact("sft")
+    epochs = [r for r in records if "heldout_loss" in r]
+    losses = [r["heldout_loss"] for r in epochs]
+    assert len(epochs) == 14
+    best = epochs[int(np.argmin(losses))]
+    assert best["heldout_loss"] < losses[-1] - 0.1, "it has overfitted, or this says nothing"
+    assert result["selected"] == {"step": best["step"], "heldout_loss": best["heldout_loss"]}
+    assert result["heldout_loss"] == min(losses)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert plain_loss(saved, held_out(finished, noise)) == pytest.approx(min(losses), rel=1e-5)
+    assert {p.name for p in folder.iterdir()} == {"artifact.json", "metrics.jsonl", "result.json", "model"}
+    for r in epochs:
+        assert f"{r['step']}/{r['steps']}  held-out loss {r['heldout_loss']:.4g}" in run.stdout
+    assert f"kept from step {best['step']}" in run.stdout
+    text = [r["pretrain_loss"] for r in records if "loss" in r]
+    assert len(text) == epochs[-1]["step"]
+    assert np.mean(text[-5:]) < np.mean(text[:5]) - 0.1, "text is learned too"
+
+
+def test_the_epoch_whose_responses_the_reward_model_likes_best_is_saved(finished: FinishedRun, noise: Path) -> None:
+    judge = finished.artifact("reward") / "model"
+    run = run_sft(finished, noise, "liked", "sft.epochs=5", f"sft.select={{by: reward, reward_model: {judge}}}")
+    epochs = [r for r in run.metrics("sft") if "reward" in r]
+    rewards = [r["reward"] for r in epochs]
+    assert len(set(rewards)) == 5
+    best = epochs[int(np.argmax(rewards))]
+    assert run.summary["stages"]["sft"]["selected"] == {k: best[k] for k in ("step", "heldout_loss", "reward")}
+    assert f"reward {best['reward']:.4g}" in run.stdout
+    saved = AutoModelForCausalLM.from_pretrained(run.artifact("sft") / "model")
+    classifier = AutoModelForSequenceClassification.from_pretrained(judge)
+    examples = held_out(finished, noise)
+    expected = plain_reward(saved, classifier, examples, saved.config.eos_token_id)
+    assert max(rewards) == pytest.approx(expected, abs=1e-3)
+    assert best["heldout_loss"] == pytest.approx(plain_loss(saved, examples), rel=1e-5)
+
+
+# ---- dropout
+
+
+def examples_of(count: int) -> list[LMExample]:
+    rng = np.random.default_rng(0)
+    return [LMExample(rng.integers(2, 64, 12).astype(np.int32), 4, "") for _ in range(count)]
+
+
+def dropping_model() -> Any:
+    from rayrlhf.models.build import from_scratch
+
+    spec = FromScratch(architecture="gpt2", vocab_size=300, hidden_size=32, layers=2, heads=2, context=64)
+    model = from_scratch(spec, 64, 0, 1, seed=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    return model
+
+
+def train_without_moving(rank: int, port: int, folder: str) -> None:
+    """Four epochs at a learning rate of 0: what differs from one to the next is dropout and nothing else."""
+    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+    from rayrlhf.engines.distributed import Rendezvous, join_process_group
+    from rayrlhf.engines.supervised import LanguageTask, TrainSettings, train
+    from rayrlhf.stages.selection import ResponseLimits, greedy_responses
+
+    join_process_group(Rendezvous(rank, 1, "127.0.0.1", port, "cpu", 1))
+    model = dropping_model()
+    learner = Learner(model, LearnerSettings(0, "float32", "cpu", 1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0))
+    task, found = LanguageTask(examples_of(4)), dict[str, list[Any]](training=[], heldout=[], responses=[])
+
+    def judge(step: int, steps: int) -> None:
+        found["heldout"].append(task.evaluate(learner, Cutting(4096)))
+        prompts = [e.tokens[:4] for e in task.examples]
+        responses = greedy_responses(model.lm, prompts, ResponseLimits(8, 0, 1), 4096, learner.device)
+        found["responses"].append([r.tolist() for r in responses])
+
+    settings = TrainSettings(0.0, 4, 4.0, 0.0, 0.1, Cutting(4096), 1, 0)
+    train(learner, task, settings, lambda r: found["training"].append(r["loss"]), after_epoch=judge)
+    (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_dropout_is_off_while_an_epoch_is_judged_and_on_again_when_training_resumes(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(train_without_moving, args=(port, str(tmp_path)), nprocs=1)
+    found = json.loads((tmp_path / "found.json").read_text())
+    expected = plain_loss(dropping_model().lm, examples_of(4))
+    assert found["heldout"] == pytest.approx([expected] * 4, rel=1e-6)
+    assert all(responses == found["responses"][0] for responses in found["responses"])
+    assert len(set(found["training"])) == 4, "each epoch drops other units"
+    assert min(abs(loss - expected) for loss in found["training"]) > 1e-4
