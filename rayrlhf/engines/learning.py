@@ -23,7 +23,7 @@ from rayrlhf.engines.batches import ExperienceBatch, cut_experiences, dummy_expe
 from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_max, all_reduce_sum, reduce_means
 from rayrlhf.engines.estimation import GapLimits, check_gap
-from rayrlhf.engines.supervised import LanguageBatch, LanguageTask, language_batches
+from rayrlhf.engines.tasks import LanguageBatch, LanguageTask, language_batches
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Experience
 

@@ -20,7 +20,8 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
 from rayrlhf.engines.batches import Layout, lay_out, spans
 from rayrlhf.engines.deepspeed import Learner
-from rayrlhf.engines.supervised import Log, Module, infer_sequences
+from rayrlhf.engines.supervised import Log, Module
+from rayrlhf.engines.tasks import infer_sequences
 from rayrlhf.errors import TrainingError
 
 __all__ = ["PreferenceTask", "checking_first_loss", "response_logprobs"]

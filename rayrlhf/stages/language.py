@@ -12,7 +12,8 @@ from rayrlhf.config.training import PretrainMixConfig, SelectConfig
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.engines.scoring import check_packing
-from rayrlhf.engines.supervised import LanguageTask, Mix, train
+from rayrlhf.engines.supervised import Mix, train
+from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, from_scratch, load_policy, load_scalar
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.lineage import absolute

@@ -73,7 +73,8 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, measure on held-out rankings, normalise, save."""
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.supervised import RankingTask, train
+    from rayrlhf.engines.supervised import train
+    from rayrlhf.engines.tasks import RankingTask
     from rayrlhf.models.build import new_scalar
 
     assert job.model is not None
@@ -103,7 +104,7 @@ def _evaluate(
     unit_variance: bool,
 ) -> dict[str, Any]:
     """What the trained scores are worth, then what they are counted in from now on."""
-    from rayrlhf.engines.supervised import RankingTask, score_sequences
+    from rayrlhf.engines.tasks import RankingTask, score_sequences
 
     result: dict[str, Any] = {}
     if heldout:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rayrlhf.data.batching import Cutting, pad_rows
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
-from rayrlhf.engines.supervised import score_sequences
+from rayrlhf.engines.tasks import score_sequences
 from rayrlhf.errors import TrainingError
 
 __all__ = ["BestEpoch", "ResponseLimits", "greedy_responses", "mean_reward", "spread_prompts"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rayrlhf.engines import distributed, estimation, learning, supervised
+from rayrlhf.engines import distributed, estimation, learning, supervised, tasks
 from rayrlhf.engines.batches import spans
 from rayrlhf.models.build import PolicyModel, ScalarModel
 from rayrlhf.types import Experience, Rollout, RolloutInfo
@@ -99,7 +99,7 @@ class Ranks:
         self._barrier = threading.Barrier(size, timeout=20)
         self._mine = threading.local()
         self._slots: list[Any] = [None] * size
-        for module in (distributed, estimation, learning, supervised):
+        for module in (distributed, estimation, learning, supervised, tasks):
             for name in ("all_reduce_sum", "all_reduce_max"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, getattr(self, name))

@@ -12,7 +12,8 @@ from engines_fakes import VOCAB, PlainEngine, Ranks, tiny_policy
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
-from rayrlhf.engines.supervised import LanguageTask, Mix, TrainSettings, train
+from rayrlhf.engines.supervised import Mix, TrainSettings, train
+from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
-from rayrlhf.engines.supervised import LanguageTask, RankingTask, TrainSettings, _batches, score_sequences, train
+from rayrlhf.engines.supervised import TrainSettings, _batches, train
+from rayrlhf.engines.tasks import LanguageTask, RankingTask, score_sequences
 
 
 def text(tokens: list[int], prompt_tokens: int) -> LMExample:
