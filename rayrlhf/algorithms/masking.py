@@ -28,7 +28,7 @@ VARIANCE_EPSILON = 1e-8
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or as it is when float64: y_i = x_i, any shape. Source: detail 6 of RECIPE.md."""
+    """Return `x` in float32, or as it is when float64: y_i = x_i, any shape. Half precision loses too much of a sum."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -53,7 +53,7 @@ def divide(total: Tensor, denominator: float | Tensor) -> Tensor:
     """Return total / denominator (scalars), and total where the denominator is 0, for then the total is empty.
 
     The denominator is only replaced at 0, not clamped to 1: a caller may fold a scale into it (tokens divided by
-    ranks, to undo DeepSpeed's averaging). Source: detail 16 of RECIPE.md.
+    ranks, to undo DeepSpeed's averaging). Source: Huang et al. 2024 (arXiv 2403.17031).
     """
     count = torch.as_tensor(denominator, device=total.device).to(total.dtype)
     return total / torch.where(count == 0, torch.ones_like(count), count)
@@ -68,7 +68,7 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: float | Tensor | None = No
         denominator: the token count of the global minibatch, so that the results of its shards add up to that of
             the whole; the own mask's count when None.
 
-    Source: the token mean of detail 16 of RECIPE.md (Huang et al. 2024, "The N implementation details of RLHF").
+    Source: Huang et al. 2024 (arXiv 2403.17031), "The N+ Implementation Details of RLHF with PPO".
     """
     return divide(zero_masked(x, mask).sum(), mask.sum() if denominator is None else denominator)
 

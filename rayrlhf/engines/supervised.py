@@ -108,7 +108,7 @@ def train(
     """
     total, per_epoch = settings.steps(len(task.sizes)), settings.steps_per_epoch(len(task.sizes))
     warmup = round(settings.warmup_ratio * total)
-    dummy, record = (0, task.dummy(learner.device)), dict[str, float]()
+    dummy, record = _Piece(0, task.dummy(learner.device)), dict[str, float]()
     start, tokens = perf_counter(), 0
     for step, terms in zip(range(total), _terms(task, mix, settings), strict=False):
         rate = cosine_with_warmup(step, total, settings.learning_rate, warmup, settings.final_lr_ratio)
@@ -143,6 +143,14 @@ class _Term:
     """its minibatch, over all ranks"""
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A micro-batch, and the number of the term that it belongs to."""
+
+    term: int
+    batch: Any
+
+
 def _terms(task: Task[Any], mix: Mix | None, settings: TrainSettings) -> Iterator[list[_Term]]:
     """What each step adds up, without end; the task's minibatches are the same with a mix and without."""
     batches = _batches(len(task.sizes), settings)
@@ -155,27 +163,24 @@ def _terms(task: Task[Any], mix: Mix | None, settings: TrainSettings) -> Iterato
 
 
 def _take_step(
-    learner: Learner, terms: Sequence[_Term], cutting: Cutting, dummy: tuple[int, Any], rate: float
+    learner: Learner, terms: Sequence[_Term], cutting: Cutting, dummy: _Piece, rate: float
 ) -> tuple[dict[str, float], float]:
-    """(this rank's share of each term's loss by its name, the gradient's norm) of one step on the sum of coef * loss.
-
-    A micro-batch belongs to one term, whose number comes with it.
-    """
+    """One step on the sum of coef * loss: (this rank's share of each term's loss by name, the gradient's norm)."""
     rows = [(number, i) for number, term in enumerate(terms) for i in term.batch]
     shares = balance([terms[number].task.sizes[i] for number, i in rows], learner.world_size)
     mine = [rows[i] for i in shares[learner.rank]]
     denominators = [term.task.denominator(term.batch) for term in terms]
     losses = {term.name: 0.0 for term in terms}
 
-    def loss(module: Module, numbered: tuple[int, Any]) -> Tensor:
-        number, micro_batch = numbered
-        value = terms[number].task.loss(module, micro_batch, denominators[number])
-        if numbered is not dummy:
-            losses[terms[number].name] += float(value.detach())
-        return terms[number].coef * value
+    def loss(module: Module, piece: _Piece) -> Tensor:
+        term = terms[piece.term]
+        value = term.task.loss(module, piece.batch, denominators[piece.term])
+        if piece is not dummy:
+            losses[term.name] += float(value.detach())
+        return term.coef * value
 
     micro_batches = [
-        (number, micro_batch)
+        _Piece(number, micro_batch)
         for number, term in enumerate(terms)
         for micro_batch in term.task.cut([i for n, i in mine if n == number], cutting, learner.device)
     ]

@@ -300,7 +300,7 @@ def test_a_supervised_stage_is_guarded_by_the_global_loss(stage: int, outcome: O
     message = outcome.message("strict_limit", stage)
     assert 4.0 < float(message.split()[2]) < 4.4
     assert " is over run.max_loss 2; the largest: " in message
-    assert outcome.tensors("strict_limit", stage, 0)["0.layout.tokens"].dtype == torch.int64
+    assert outcome.tensors("strict_limit", stage, 0)["0.batch.layout.tokens"].dtype == torch.int64
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.integration.conftest import ROOT, FinishedRun, rayrlhf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
@@ -36,6 +37,11 @@ def ppo(finished: FinishedRun, name: str, *overrides: str) -> Path:
 
 def steps(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def explained() -> set[str]:
+    """The metrics that docs/metrics.md knows."""
+    return set(re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "metrics.md").read_text()))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +76,11 @@ def test_two_deterministic_runs_give_the_same_numbers_bit_by_bit(everything: lis
     for model in ("model", "model_ema"):
         weights = [(folder / model / "model.safetensors").read_bytes() for folder in everything]
         assert weights[0] == weights[1]
+
+
+def test_every_metric_is_explained_in_the_docs(everything: list[Path], finished: FinishedRun) -> None:
+    names = {name for step in steps(everything[0]) + steps(finished.folder) for name in step} - {"stage"}
+    assert names <= explained()
 
 
 def test_ptx_reports_its_loss_each_step_and_both_norms_when_due(everything: list[Path]) -> None:
