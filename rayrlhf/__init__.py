@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 _HOMES = {"Config": "rayrlhf.config", "RayRLHFError": "rayrlhf.errors", "load_config": "rayrlhf.config"}
 
 
-def run(config: Any, dry_run: bool = False) -> Any:
-    """Run the stages of a `Config`; returns the run's folder (a `Path`)."""
+def run(config: Any, dry_run: bool = False, verify_step: int | None = None) -> Any:
+    """Run the stages of a `Config`; returns the run's folder (a `Path`). See `rayrlhf.stages.run.run`."""
     from rich.console import Console
 
     from rayrlhf.stages.run import run as run_stages
 
-    return run_stages(config, Console(), dry_run)
+    return run_stages(config, Console(), dry_run, verify_step)
 
 
 def __getattr__(name: str) -> Any:

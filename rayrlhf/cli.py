@@ -27,13 +27,26 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print config and placement, start nothing.")]
+VerifyStep = Annotated[
+    int | None,
+    typer.Option(
+        "--verify-step",
+        metavar="N",
+        min=1,
+        help="Compare PPO step N (from 1, as in metrics.jsonl) with the one-process reference trainer: scores, "
+        "advantages, losses, every gradient and weight tensor. Runs the ppo stage even if it was done before; a "
+        "difference ends the run with exit code 1.",
+    ),
+]
 
 
 @app.command()
-def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def run(
+    config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, verify_step: VerifyStep = None
+) -> None:
     """All stages in a row: pretrain, sft, reward, ppo; dpo too if run.stages names it. None is run twice for the same
     inputs."""
-    _run(load_config(config, overrides or ()), dry_run)
+    _run(load_config(config, overrides or ()), dry_run, verify_step)
 
 
 @app.command()
@@ -61,9 +74,11 @@ def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
 
 @app.command()
-def ppo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def ppo(
+    config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, verify_step: VerifyStep = None
+) -> None:
     """PPO of the SFT model against the reward model."""
-    _run_one("ppo", config, overrides, dry_run)
+    _run_one("ppo", config, overrides, dry_run, verify_step)
 
 
 def main() -> None:
@@ -92,14 +107,16 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _run_one(stage: str, config: Path, overrides: list[str] | None, dry_run: bool) -> None:
-    _run(load_config(config, [*(overrides or ()), f"run.stages=[{stage}]"]), dry_run)
+def _run_one(
+    stage: str, config: Path, overrides: list[str] | None, dry_run: bool, verify_step: int | None = None
+) -> None:
+    _run(load_config(config, [*(overrides or ()), f"run.stages=[{stage}]"]), dry_run, verify_step)
 
 
-def _run(config: Config, dry_run: bool) -> None:
+def _run(config: Config, dry_run: bool, verify_step: int | None) -> None:
     from rayrlhf.stages.run import run as run_stages  # torch and Ray: only once the config is known to be good
 
-    run_stages(config, Console(), dry_run)
+    run_stages(config, Console(), dry_run, verify_step)
 
 
 def _print(console: Console, problem: Exception) -> None:

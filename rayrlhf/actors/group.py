@@ -15,7 +15,7 @@ from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.engines.distributed import Rendezvous
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
 
-__all__ = ["ActorGroup"]
+__all__ = ["ActorGroup", "explain"]
 
 
 class ActorGroup:
@@ -97,7 +97,7 @@ class ActorGroup:
         failures = {rank: f.exception() for rank, f in enumerate(futures, start=first) if f in done}
         for rank, error in failures.items():
             if error is not None:
-                raise self._explain(error, rank, method)
+                raise explain(error, f"{self.role} rank {rank} failed in {method}", f"{self.role}-{rank}")
         if pending:
             rank = first + next(i for i, f in enumerate(futures) if f in pending)
             raise ActorTimeout(
@@ -107,15 +107,17 @@ class ActorGroup:
             )
         return [future.result() for future in futures]
 
-    def _explain(self, error: BaseException | None, rank: int, method: str) -> BaseException:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        where = f"{self.role} rank {rank} failed in {method}"
-        if isinstance(cause, RayRLHFError):
-            return type(cause)(f"{where}: {cause.message}", cause.hint)
-        if isinstance(error, RayActorError):
-            return ActorError(f"{where}: the actor died", f"see logs/{self.role}-{rank}.log in the folder of the run")
-        detail = f"{type(cause).__name__}: {cause}".splitlines()
-        return ActorError(f"{where}: {detail[0]}", f"see logs/{self.role}-{rank}.log in the folder of the run")
+
+def explain(error: BaseException | None, where: str, log: str) -> BaseException:
+    """The error of a remote call as one of ours: `where` it happened, and the `log` of the run that says more."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RayRLHFError):
+        return type(cause)(f"{where}: {cause.message}", cause.hint)
+    hint = f"see logs/{log}.log in the folder of the run"
+    if isinstance(error, RayActorError):
+        return ActorError(f"{where}: the actor died", hint)
+    detail = f"{type(cause).__name__}: {cause}".splitlines()
+    return ActorError(f"{where}: {detail[0]}", hint)
 
 
 def _as_future(ref: Any) -> asyncio.Future[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayrlhf.engines.distributed import Rendezvous, join_process_group
 from rayrlhf.engines.estimation import EstimateSettings, estimate
 from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
+from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
@@ -122,6 +124,20 @@ class _LearnerActor(_ModelActor):
     def save(self, folder: str) -> None:
         """Write the weights in Hugging Face format; every rank takes part, rank 0 writes."""
         self.engine.save_pretrained(self._published_module(), Path(folder))
+
+    def record_before(self, folder: str) -> int:
+        """Write weights and Adam's state into `folder`, and when it is whole the next gradient.
+
+        Returns:
+            How many steps Adam has counted.
+        """
+        module, path = self._published_module(), Path(folder)
+        self.engine.before_step = partial(save_gradients, self.engine, module, path / GRADIENTS)
+        save_weights(self.engine, module, path / WEIGHTS)
+        return save_adam(self.engine, module, path)
+
+    def record_after(self, folder: str) -> None:
+        save_weights(self.engine, self._published_module(), Path(folder) / WEIGHTS_AFTER)
 
     def _published_module(self) -> Any:
         raise AssertionError("each role knows its Hugging Face module")

@@ -16,7 +16,7 @@ from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, Scor
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
-__all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "memory_per_role"]
+__all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "UpdateRecord", "memory_per_role"]
 
 
 class ScorerRoles:
@@ -60,8 +60,23 @@ class StepPlan:
     text: TextPlan | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateRecord:
+    """What an update learned from, in ids, and how fast."""
+
+    minibatches: list[list[int]]
+    """sample ids of each, over all ranks"""
+    text: list[list[int]] | None
+    """the numbers of each minibatch's text blocks; None without PPO-ptx"""
+    rates: dict[str, float]
+    """learning rate by role"""
+
+
 class LearnerRoles:
     """Policy and value: estimate on the policy's ranks, update on both at once."""
+
+    last: UpdateRecord | None = None
+    """of the newest update"""
 
     def __init__(self, policy: ActorGroup, value: ActorGroup | None, plan: StepPlan) -> None:
         """Without a value model (`value` None) the policy learns alone."""
@@ -93,12 +108,14 @@ class LearnerRoles:
             )
         minibatches = self._minibatches(experience.infos, step)
         policy_rate, value_rate = plan.learning_rates(step)
-        calls = []
+        calls, text = [], None
         if step >= plan.value_warmup_steps:
             text = self._text(minibatches, step)
             calls.append(self._learn(self._policy, experience, minibatches, text, policy_rate))
         else:
             policy_rate = 0.0
+        ids = [[info.sample_id for info in minibatch] for minibatch in minibatches]
+        self.last = UpdateRecord(ids, text and text[0], {"policy": policy_rate, "value": value_rate})
         if self._value is not None:
             calls.append(self._learn(self._value, experience, minibatches, None, value_rate))
         metrics = dict(experience.metrics)

@@ -121,6 +121,8 @@ class Learner(_Engine):
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
         self.module, self._call = self.engine.module, self.engine
         self.average = WeightAverage(self.module, settings.average, self.rank) if settings.average else None
+        self.before_step: Callable[[], None] | None = None
+        """Called once, when the next gradient is whole and before it is clipped; on every rank."""
 
     def train_step(
         self,
@@ -161,6 +163,9 @@ class Learner(_Engine):
                 parts.read()
         local_norm = float(local_grad_norm(self.module))
         check_step(self, total, local_norm, loss_function, [*micro_batches, *rest], dummy)
+        if self.before_step:
+            look, self.before_step = self.before_step, None
+            look()
         self.engine.step()
         # Without ZeRO in float32 DeepSpeed reports no norm; this rank's is then the whole gradient's.
         norm = float(self.engine.get_global_grad_norm()) if _stage(self.settings) else local_norm

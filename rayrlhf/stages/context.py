@@ -23,6 +23,8 @@ class StageContext:
     """of the run: logs, metrics, model"""
     sink: RunSink
     console: Console
+    verify_step: int | None = None
+    """The PPO step, counted from 1, that is compared with the reference trainer."""
     _connected: bool = field(default=False, init=False)
 
     def ensure_ray(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
 class Lineage:
     """The keys of all stages of a config, and where their models are."""
 
-    def __init__(self, config: Config, store: ArtifactStore) -> None:
+    def __init__(self, config: Config, store: ArtifactStore, again: Collection[StageName] = ()) -> None:
+        """Stages in `again` count as not finished, whatever there is of them."""
+        self._again = again
         self._config = config
         self._store = store
         self._inputs: dict[StageName, dict[str, Any]] = {}
@@ -69,7 +71,7 @@ class Lineage:
         return {parent: self._keys[parent] for parent in PARENTS[stage]}
 
     def finished(self, stage: StageName) -> Artifact | None:
-        return None if stage in self._given else self._store.find(stage, self._keys[stage])
+        return None if stage in self._given or stage in self._again else self._store.find(stage, self._keys[stage])
 
     def model(self, stage: StageName) -> str | None:
         """Path or name of the stage's model, if there is one yet."""

@@ -36,6 +36,7 @@ from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.saving import PolicySaver
 from rayrlhf.stages.training import learner_settings
+from rayrlhf.stages.verification import VerifiedLearners
 from rayrlhf.weights.probe import probe_sequences
 from rayrlhf.weights.publish import WeightPublisher
 
@@ -128,7 +129,7 @@ class _Run:
         parts = Parts(
             rollout=pool,
             scorers=ScorerRoles([self.groups[role] for role in self._scoring_roles()]),
-            learners=learners,
+            learners=self._verified(learners, progress) if self.context.verify_step else learners,
             weights=pool,
             checkpoints=PolicySaver(self.groups, self.context, config.checkpoint),
             sink=sink,
@@ -141,6 +142,10 @@ class _Run:
         finally:
             clock.close()
             sink.close()
+
+    def _verified(self, learners: LearnerRoles, progress: StageProgress) -> VerifiedLearners:
+        blocks = self._text_blocks() if self.context.data.uses_text else None
+        return VerifiedLearners(self.context, self.parents, self.groups, learners, blocks, progress.phase)
 
     def _scoring_roles(self) -> list[str]:
         """All models there are, but the policy where the engine's log-probs stand for its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from rayrlhf.weights.transports import TRANSPORTS
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-__all__ = ["check_data", "check_files", "check_models", "check_output", "check_selection"]
+__all__ = ["check_data", "check_files", "check_models", "check_output", "check_selection", "check_verify_step"]
 
 
 def check_files(config: Config) -> None:
@@ -59,6 +60,42 @@ def check_models(config: Config) -> None:
         _check_reward_model(config, absolute(config.reward.path))
     if "sft" in config.stages() and config.sft.select.reward_model is not None:
         _check_judge(config, absolute(config.sft.select.reward_model))
+
+
+def check_verify_step(config: Config, step: int) -> None:
+    """The reference trainer covers all that PPO step `step` (counted from 1) is asked to do.
+
+    Raises:
+        ConfigError: naming the key that it does not cover.
+    """
+    ppo = config.ppo
+    if "ppo" not in config.stages():
+        raise ConfigError(f"--verify-step {step}: run.stages has no ppo", "add ppo to run.stages")
+    if step > ppo.steps:
+        raise ConfigError(f"--verify-step {step}: ppo.steps is {ppo.steps}", "take one of those steps")
+    if step <= ppo.value_warmup_steps:
+        raise ConfigError(
+            f"--verify-step {step}: the policy learns nothing in the first {ppo.value_warmup_steps} steps "
+            "(ppo.value_warmup_steps)",
+            f"take step {ppo.value_warmup_steps + 1} or later",
+        )
+    covered: dict[str, tuple[Any, Any]] = {
+        "ppo.advantage": (ppo.advantage, "gae"),
+        "ppo.score.normalize": (ppo.score.normalize, "none"),
+        "ppo.score.clip": (ppo.score.clip, None),
+        "ppo.truncated.treatment": (ppo.truncated.treatment, "keep"),
+        "ppo.old_logprobs": (ppo.old_logprobs, "recompute"),
+        "ppo.importance_cap": (ppo.importance_cap, None),
+        "ppo.dual_clip": (ppo.dual_clip, None),
+        "ppo.kl.stop": (ppo.kl.stop, None),
+    }
+    for key, (found, known) in covered.items():
+        if found != known:
+            asked = "null" if known is None else known
+            raise ConfigError(
+                f"--verify-step: {key} is {found}, which the reference trainer does not know",
+                f"set {key}={asked}, or leave --verify-step out",
+            )
 
 
 def _check_advantage(config: Config) -> None:

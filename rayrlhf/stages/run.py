@@ -46,18 +46,26 @@ BODIES: dict[StageName, Callable[[StageContext, dict[str, str], Path], dict[str,
 POLICIES: dict[StageName, str] = {"dpo": "model_dpo", "ppo": "model"}
 
 
-def run(config: Config, console: Console, dry_run: bool = False) -> Path:
+def run(config: Config, console: Console, dry_run: bool = False, verify_step: int | None = None) -> Path:
     """Check everything, then run the stages that are not done yet. Returns the run's folder.
+
+    Args:
+        verify_step: the PPO step, counted from 1, that is compared with the reference trainer; the ppo stage is then
+            run even if it was done before.
 
     Raises:
         ConfigError, DataError, ModelError, ResourceError: before any actor starts.
+        TrainingError: among others, when that step and the reference trainer's differ.
     """
+    if verify_step is not None:
+        preflight.check_verify_step(config, verify_step)
     preflight.check_output(config)
     config = with_world(config)
     preflight.check_files(config)
     preflight.check_models(config)
     store = ArtifactStore((config.run.output / "artifacts").resolve())
-    lineage = Lineage(config, store)
+    again: list[StageName] = [] if verify_step is None else ["ppo"]
+    lineage = Lineage(config, store, again)
     todo = [stage for stage in config.stages() if lineage.finished(stage) is None]
     tokenizer = lineage.model("sft") if config.sft.path else lineage.model("pretrain")
     data = Datasets(config, tokenizer)
@@ -73,7 +81,7 @@ def run(config: Config, console: Console, dry_run: bool = False) -> Path:
     show_counts(console, counts)
     for problem in unsupported():
         console.print(f"[yellow]{problem}[/]")
-    return _Run(config, console, store, lineage, data).execute()
+    return _Run(config, console, store, lineage, data, verify_step).execute()
 
 
 def _check_parents(config: Config, lineage: Lineage, todo: Sequence[StageName]) -> None:
@@ -84,18 +92,26 @@ def _check_parents(config: Config, lineage: Lineage, todo: Sequence[StageName]) 
 
 class _Run:
     def __init__(
-        self, config: Config, console: Console, store: ArtifactStore, lineage: Lineage, data: Datasets
+        self,
+        config: Config,
+        console: Console,
+        store: ArtifactStore,
+        lineage: Lineage,
+        data: Datasets,
+        verify_step: int | None,
     ) -> None:
         self.config = config
         self.console = console
         self.store = store
         self.lineage = lineage
         self.data = data
+        self.verify_step = verify_step
         self.folder = (config.run.output / config.run.name).resolve()
 
     def execute(self) -> Path:
         self._prepare_folder()
-        context = StageContext(self.config, self.data, self.folder, RunSink(self.folder, self._wandb()), self.console)
+        sink = RunSink(self.folder, self._wandb())
+        context = StageContext(self.config, self.data, self.folder, sink, self.console, self.verify_step)
         summary: dict[str, Any] = {
             "name": self.config.run.name,
             "seed": self.config.run.seed,

@@ -12,8 +12,9 @@ from rich.table import Table
 from rayrlhf.actors.placement import plan_ppo, plan_training, required
 from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
+from rayrlhf.evaluation.agreement import Row
 
-__all__ = ["show_counts", "show_placement", "show_summary"]
+__all__ = ["show_agreement", "show_counts", "show_placement", "show_summary"]
 
 
 def show_counts(console: Console, counts: Mapping[StageName, Mapping[str, int]]) -> None:
@@ -57,6 +58,23 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
             if len(sizes := _ranking_sizes(accuracy)) > 1:
                 console.print(_accuracy_by_k_table(name, accuracy, sizes))
     console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
+
+
+def show_agreement(console: Console, title: str, rows: Sequence[Row]) -> None:
+    """How far a step and the reference trainer's are apart, a row per quantity."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("quantity")
+    for column in ("largest gap", "tolerance"):
+        table.add_column(column, justify="right")
+    table.add_column("unit")
+    table.add_column("")
+    for row in rows:
+        verdict = "ok" if row.differs is None else "[red]DIFFERS[/]"
+        table.add_row(row.quantity, f"{row.gap:.1e}", f"{row.tolerance:g}", row.unit, verdict)
+    console.print(table)
+    for row in rows:
+        if row.differs is not None:
+            console.print(f"{row.quantity}: first in {row.differs}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _describe(stage: str, result: Mapping[str, Any]) -> str:

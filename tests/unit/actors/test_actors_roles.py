@@ -123,6 +123,21 @@ def test_policy_and_value_learn_from_the_same_minibatches_each_dealt_to_its_own_
     assert taken[0] == taken[1] == [sorted(cut) for cut in minibatches(1, batch=experience().infos)]
 
 
+def test_an_update_leaves_a_record_of_what_was_learned_from_and_how_fast():
+    """Over all ranks and in order: what another trainer needs to take the same step."""
+    policy, value = Group("policy", 2), Group("value", 1)
+    text = TextPlan(TextStream(100, seed=3), blocks_per_response=0.5, measure_every=10)
+    learners = LearnerRoles(policy, value, plan(text=text))
+    assert learners.last is None
+    asyncio.run(learners.update(experience(), 1))
+    last = learners.last
+    assert last.minibatches == minibatches(1, batch=experience().infos)
+    assert last.rates == {"policy": pytest.approx(1.1), "value": pytest.approx(1.2)}
+    given = [share[0] for _, share in policy.calls[0][2]]
+    assert [sorted(a + b) for a, b in zip(*given, strict=True)] == [sorted(blocks) for blocks in last.text]
+    assert [len(blocks) for blocks in last.text] == [2, 2, 1, 2, 2, 1]
+
+
 def test_a_report_joins_the_metrics_of_both_and_carries_the_kl():
     policy = Group("policy", 2, {"update": [{"policy/loss": 1.0}, {"policy/loss": 1.0}]})
     value = Group("value", 1, {"update": [{"value/loss": 2.0}]})

@@ -247,3 +247,14 @@ def test_the_limit_that_cuts_the_reward_models_demonstrations_changes_its_key(fo
     given = (f"model={{path: {model_folder(folder / 'base')}}}", f"sft.path={model_folder(folder / 'given')}")
     after = keys(folder, *given, "sft.max_response_tokens=7")
     assert changed(keys(folder, *given), after) == {"reward", "ppo"}
+
+
+def test_a_finished_stage_that_is_to_run_again_counts_as_not_finished_and_keeps_its_key(folder: Path) -> None:
+    first = lineage_of(folder)
+    for stage in ("sft", "ppo"):
+        finish(folder, first, stage)
+    again = Lineage(config_of(folder), ArtifactStore(folder / "artifacts"), again=["ppo"])
+    assert first.finished("ppo") is not None
+    assert again.finished("ppo") is None
+    assert again.finished("sft") is not None
+    assert again.key("ppo") == first.key("ppo")
