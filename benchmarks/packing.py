@@ -27,8 +27,8 @@ from rayrlhf.models.build import PolicyModel, from_scratch
 
 PAIRS = 7
 # hidden size, layers, shortest and longest sequence
-SHAPES = [(128, 4, 20, 80), (256, 5, 30, 384), (512, 8, 60, 512)]
-VOCABULARY, SEQUENCES, TOKENS = 2048, 64, 4096
+SHAPES = [(128, 4, 20, 80), (256, 5, 30, 384), (512, 6, 60, 512)]
+VOCABULARY, SEQUENCES, TOKENS = 2048, 32, 4096
 
 
 def main(device: str = "cpu", threads: int = 2) -> None:

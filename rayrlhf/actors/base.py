@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from pathlib import Path
 
 import psutil
 import ray
 
-__all__ = ["Actor", "send_output_to"]
+__all__ = ["Actor", "peak_memory_gib", "send_output_to"]
 
 
 class Actor:
@@ -31,6 +32,15 @@ class Actor:
 
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         return float(psutil.Process().memory_info().rss + gpu) / 2**30
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held so far: resident, and allocated on its GPU."""
+    import torch
+
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(kibibytes / 2**20 + gpu / 2**30)
 
 
 def send_output_to(path: Path) -> None:

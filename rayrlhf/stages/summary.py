@@ -52,6 +52,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         seconds = "cached" if result["cached"] else f"{result['seconds']:.0f}"
         table.add_row(stage, seconds, _describe(stage, result))
     console.print(table)
+    for stage, result in summary["stages"].items():
+        parts = [f"{name.split('/')[1].removesuffix('_gib')} {gib:.2f}" for name, gib in result["memory_gib"].items()]
+        console.print(f"{stage:<9} GiB of memory: {', '.join(parts)}", highlight=False, soft_wrap=True)
     for stage, name in (("reward", "reward model"), ("dpo", "dpo's implicit reward")):
         if accuracy := summary["stages"].get(stage, {}).get("accuracy"):
             console.print(_accuracy_table(name, accuracy))

@@ -243,7 +243,7 @@ def worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker."""
     import ray.train
 
-    from rayrlhf.actors.base import send_output_to
+    from rayrlhf.actors.base import peak_memory_gib, send_output_to
     from rayrlhf.engines.distributed import prepare_process
     from rayrlhf.metrics.sinks import JsonLines, to_json
 
@@ -258,6 +258,7 @@ def worker(config: dict[str, Any]) -> None:
     result = job.body(job)
     if rank == 0:
         result["train_seconds"] = perf_counter() - start
+        result["memory_gib"] = {"memory/train_gib": peak_memory_gib()}
         (Path(job.workspace) / "result.json").write_text(to_json(result), encoding="utf-8")
         JsonLines(Path(job.workspace) / "metrics.jsonl").write({"phase": "done"})
 

@@ -27,7 +27,7 @@ ROW = {
 def shown(**rows: dict[str, Any]) -> list[list[str]]:
     """The words of each line that has any, of a summary whose rows have been through JSON, as in a run."""
     accuracy = json.loads(to_json(rows))
-    stage = {"cached": True, "train_loss": 0.5, "accuracy": accuracy}
+    stage = {"memory_gib": {"memory/train_gib": 1.25}, "cached": True, "train_loss": 0.5, "accuracy": accuracy}
     written = StringIO()
     show_summary(Console(file=written, width=160), {"name": "mine", "stages": {"reward": stage}}, Path("runs/mine"))
     text = written.getvalue()
@@ -58,3 +58,12 @@ def test_accuracy_by_the_number_of_responses_is_shown_where_there_are_several_nu
 
 def test_pairs_alone_need_no_table_by_their_number() -> None:
     assert not any("K = 2" in line for line in shown(people=ROW, others=ROW))
+
+
+def test_each_stage_says_how_much_memory_its_processes_took() -> None:
+    written = StringIO()
+    ppo = {"cached": True, "memory_gib": {"memory/policy_gib": 2.056, "memory/driver_gib": 0.5}}
+    numbers = {"reward/mean": 0.0, "kl/mean": 0.0, "response/length_mean": 1.0}
+    summary = {"name": "mine", "stages": {"ppo": ppo | {"first": numbers, "last": numbers}}}
+    show_summary(Console(file=written, width=100), summary, Path("runs/mine"))
+    assert "ppo       GiB of memory: policy 2.06, driver 0.50\n" in written.getvalue()
