@@ -27,7 +27,7 @@ from rayrlhf.models.build import PolicyModel, from_scratch
 
 PAIRS = 7
 # hidden size, layers, shortest and longest sequence
-SHAPES = [(128, 4, 20, 80), (256, 5, 30, 384), (512, 6, 60, 512)]
+SHAPES = [(128, 4, 20, 80), (256, 5, 30, 384), (384, 4, 60, 512)]
 VOCABULARY, SEQUENCES, TOKENS = 2048, 32, 4096
 
 
