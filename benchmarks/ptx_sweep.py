@@ -90,14 +90,13 @@ def _end_of(folder: Path) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     columns = {
-        "coefficient": lambda r: f"{r['coef']:g}",
+        "coef": lambda r: f"{r['coef']:g}",
         "seed": lambda r: str(r["seed"]),
         "reward": lambda r: f"{r['reward/mean']:.2f}",
         "KL": lambda r: f"{r['kl/mean']:.2f}",
         "length": lambda r: f"{r['response/length_mean']:.1f}",
         "entropy": lambda r: f"{r['policy/entropy']:.2f}",
-        "clipped": lambda r: f"{r['policy/clip_fraction']:.3f}",
-        "text loss before": lambda r: f"{r['start']:.3f}",
+        "text": lambda r: f"{r['start']:.3f}",
         "after": lambda r: f"{r['end']:.3f}",
         "PPO norm": lambda r: "-" if r["policy/ppo_grad_norm"] is None else f"{r['policy/ppo_grad_norm']:.2f}",
         "ptx norm": lambda r: "-" if r["ptx/grad_norm"] is None else f"{r['ptx/grad_norm']:.2f}",
