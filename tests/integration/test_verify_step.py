@@ -52,7 +52,7 @@ def work(rank: int, port: int, folder: str) -> None:
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, save_adam, save_gradients, save_weights
 
-    join_process_group(Rendezvous(rank, WORLD, "127.0.0.1", port, "cpu", 1))
+    join_process_group(Rendezvous(rank, WORLD, "127.0.0.1", port, "cpu", 1, deterministic=True))
     spec = FromScratch(architecture="llama", hidden_size=32, layers=1, heads=2, context=64, tie_embeddings=True)
     rows = torch.randint(2, 64, (STEPS + 1, WORLD, 1, 9), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(1, 9)
