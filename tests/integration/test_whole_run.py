@@ -142,6 +142,15 @@ def test_nothing_is_left_behind(finished: FinishedRun) -> None:
     assert not [n for n in names if "ray::" in n and "rayrlhf-tiny" in n]
 
 
+def output_within_ten_seconds(process: subprocess.Popen[str]) -> str:
+    """What a run printed that was told to end; one that does not is killed, or it would slow down every later test."""
+    try:
+        return process.communicate(timeout=10)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
 def started(command: str, arguments: list[str], folder: Path, seconds: float) -> subprocess.Popen[str]:
     """A run in a process group of its own, after its first record."""
     start = time.monotonic()
@@ -167,7 +176,7 @@ def test_ctrl_c_in_a_supervised_stage_ends_everything_within_ten_seconds(finishe
     process = started("sft", [*arguments, "sft.epochs=500"], finished.output / "cut", seconds=90)
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate(timeout=10)[0]
+    output = output_within_ten_seconds(process)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert not psutil.wait_procs(family, timeout=1)[1], "no actor outlives the run"
@@ -185,7 +194,7 @@ def test_the_first_ppo_step_comes_within_ninety_seconds_and_ctrl_c_ends_everythi
     assert len([p for p in family if "ray::" in " ".join(p.cmdline())]) >= 7
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the foreground group
     stopped = time.monotonic()
-    output = process.communicate(timeout=10)[0]
+    output = output_within_ten_seconds(process)
     assert time.monotonic() - stopped < 10
     assert process.returncode == 130, output
     assert "interrupted" in output
