@@ -171,7 +171,9 @@ def train_without_moving(rank: int, port: int, folder: str) -> None:
 
     join_process_group(Rendezvous(rank, 1, "127.0.0.1", port, "cpu", 1, deterministic=True))
     model = dropping_model()
-    learner = Learner(model, LearnerSettings(0, "float32", "cpu", 1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0))
+    learner = Learner(
+        model, LearnerSettings(0, "float32", "cpu", 1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0, 1e4, "failed", "sft")
+    )
     task, found = LanguageTask(examples_of(4)), dict[str, list[Any]](training=[], heldout=[], responses=[])
 
     def judge(step: int, steps: int) -> None:

@@ -59,7 +59,9 @@ def work(rank: int, port: int, folder: str) -> None:
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, most of the time goes there
     for stage in range(4):
         module = from_scratch(spec, 64, 0, 1, seed=3)
-        learner = Learner(module, LearnerSettings(stage, "float32", "cpu", 1e-2, (0.9, 0.95), 1e-5, 0.1, 0.5))
+        learner = Learner(
+            module, LearnerSettings(stage, "float32", "cpu", 1e-2, (0.9, 0.95), 1e-5, 0.1, 0.5, 1e4, "failed", "policy")
+        )
         target = Path(folder) / str(stage)
 
         def step(number: int, learner: Learner = learner) -> None:
