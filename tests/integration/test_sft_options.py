@@ -185,6 +185,7 @@ def train_without_moving(rank: int, port: int, folder: str) -> None:
     settings = TrainSettings(0.0, 4, 4.0, 0.0, 0.1, Cutting(4096), 1, 0)
     train(learner, task, settings, lambda r: found["training"].append(r["loss"]), after_epoch=judge)
     (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which then aborts
 
 
 def test_dropout_is_off_while_an_epoch_is_judged_and_on_again_when_training_resumes(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def work(rank: int, port: int, folder: str) -> None:
         assert learner.before_step is None
         assert counted == [0, STEPS]
     gc.unfreeze()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which then aborts
 
 
 def test_weights_adams_state_and_gradients_are_read_whole_at_every_zero_stage(tmp_path: Path) -> None:

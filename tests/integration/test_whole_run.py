@@ -162,6 +162,8 @@ def started(command: str, arguments: list[str], folder: Path, seconds: float) ->
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_API_KEY": ""},
         start_new_session=True,
+        # Whoever runs the tests in the background of a script has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n")):
