@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 __all__ = [
+    "ChoiceQuestion",
     "Demonstration",
     "Experience",
     "PretrainText",
@@ -62,6 +63,8 @@ class Ranking:
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     source: str = ""
+    unfinished: frozenset[int] = frozenset()
+    """numbers of the responses that were cut before their end: no EOS follows them"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,16 @@ class Prompt:
     """A prompt to sample responses for."""
 
     prompt: Turns
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceQuestion:
+    """A multiple-choice or cloze question; `answer` is the number of the right choice, from 0."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
     source: str = ""
 
 

@@ -6,7 +6,8 @@ them to the objects), works on the samples whose ids are its share, and leaves i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,21 +15,26 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from rayrlhf.actors.base import Actor
 from rayrlhf.data.batching import Cutting
+from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
-from rayrlhf.engines.distributed import Rendezvous, join_process_group
+from rayrlhf.engines.distributed import Rendezvous, all_reduce_sum, join_process_group
 from rayrlhf.engines.estimation import EstimateSettings, estimate
 from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
+from rayrlhf.engines.preference import response_logprobs
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
+from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
-from rayrlhf.weights.transports import create_sender
+from rayrlhf.weights.transports import Sender, create_sender
+from rayrlhf.worlds.base import World, create_world
 
-__all__ = ["ModelSettings", "PolicyActor", "ReferenceActor", "RewardActor", "ValueActor"]
+__all__ = ["Judge", "ModelSettings", "PolicyActor", "ReferenceActor", "RewardActor", "ValueActor"]
 
 
 Text = tuple[Sequence[Sequence[int]], bool]
@@ -54,6 +60,18 @@ class ModelSettings:
     run: str = ""
     samples: int = 0
     """Responses that rank 0 decodes for samples.jsonl."""
+    judge: Judge | None = None
+    """Where the prompts are a world's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A world's exact judge, and the text of the prompts that it knows."""
+
+    world: str
+    module: str | None
+    prompts: dict[int, str]
+    """by prompt_id"""
 
 
 class _ModelActor(Actor):
@@ -69,6 +87,13 @@ class _ModelActor(Actor):
         self.engine = self._load()
         if self.settings.cutting.packed:
             check_packing(self.engine, self.settings.dtype)
+
+    def reload(self, settings: ModelSettings) -> None:
+        """Begin again with another model or other settings, in the same process group."""
+        del self.engine  # before the next one is built: two at once might not fit
+        gc.collect()
+        self.settings = settings
+        self.engine = self._load()
 
     def _load(self) -> Learner | FrozenModel:
         raise AssertionError("each role loads its own model")
@@ -165,6 +190,10 @@ class ValueActor(_LearnerActor):
 
 
 class PolicyActor(_LearnerActor):
+    _sender: Sender | None = None
+    _tokenizer: Any = None
+    _world: World | None = None
+
     def hold_text(self, blocks: np.ndarray) -> None:
         """Pretraining text for PPO-ptx: int32 [blocks, L], a view of the object store."""
         self._blocks = blocks
@@ -176,6 +205,14 @@ class PolicyActor(_LearnerActor):
         share = TextShare(self._blocks, *text) if text else None
         return update_policy(self.engine, experiences, rows, spare, self.settings.update, rate, share)
 
+    def text_loss(self, blocks: Sequence[LMExample]) -> float:
+        """Mean loss per token of held-out text."""
+        return LanguageTask(blocks).evaluate(self.engine, self.settings.cutting)
+
+    def choice_logprobs(self, questions: Sequence[RankingExample]) -> list[list[float]]:
+        """Log-prob of each choice after its question, summed over its tokens."""
+        return response_logprobs(self.engine, questions, self.settings.cutting, lambda record: None, "choices")
+
     def save_average(self, folder: str) -> None:
         """As `save`, of the averaged weights."""
         assert self.engine.average is not None
@@ -186,11 +223,14 @@ class PolicyActor(_LearnerActor):
         s = self.settings
         assert s.learner is not None
         learner = Learner(load_policy(s.path, s.trust_remote_code), s.learner)
-        if learner.rank == 0:
+        if learner.rank == 0 and self._sender is None:
+            self._sender = create_sender(s.transport, s.run)
+        if self._tokenizer is None and (learner.rank == 0 or s.judge):
             from transformers import AutoTokenizer
 
-            self._sender = create_sender(s.transport, s.run)
             self._tokenizer = AutoTokenizer.from_pretrained(s.path, trust_remote_code=s.trust_remote_code)
+        if self._world is None and s.judge:
+            self._world = create_world(s.judge.world, s.judge.module)
         return learner
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
@@ -212,7 +252,23 @@ class PolicyActor(_LearnerActor):
         experiences, metrics = estimate(
             [rollouts[i] for i in ids], scores, self.settings.estimate, kl_coef, self.engine.device
         )
-        return [ray.put(experiences)], metrics, self._texts(experiences, scores)
+        gold = self._gold([rollouts[i] for i in ids])
+        if gold is not None:
+            total = all_reduce_sum(torch.tensor([sum(gold.values()), len(gold)], dtype=torch.float64))
+            metrics["reward/gold"] = float(total[0] / total[1])
+        return [ray.put(experiences)], metrics, self._texts(experiences, scores, gold or {})
+
+    def _gold(self, rollouts: Sequence[Rollout]) -> dict[int, float] | None:
+        """The judge's score of each response by sample_id; it is reported, and nothing learns from it."""
+        if self._world is None or self.settings.judge is None:
+            return None
+        prompts = self.settings.judge.prompts
+        scores = {}
+        for rollout in rollouts:
+            info = rollout.info
+            text = self._tokenizer.decode(rollout.tokens[rollout.prompt_tokens :], skip_special_tokens=True)
+            scores[info.sample_id] = self._world.gold(prompts[info.prompt_id], text, not info.truncated)
+        return scores
 
     def begin_publish(self, version: int) -> None:
         self._version, self._fingerprints = version, list[str]()
@@ -223,6 +279,7 @@ class PolicyActor(_LearnerActor):
         bucket = next(self._buckets, None)
         if bucket is None or self.engine.rank:
             return None
+        assert self._sender is not None  # rank 0 has one
         header, buffer = pack(bucket, self._version, len(self._fingerprints), self._sender.reserve)
         self._fingerprints.append(fingerprint(header, buffer))
         return self._sender.send(header) | {"nbytes": header.nbytes}
@@ -235,7 +292,7 @@ class PolicyActor(_LearnerActor):
 
     def close(self) -> None:
         """Give shared memory back."""
-        if getattr(self, "_sender", None) is not None:
+        if self._sender is not None:
             self._sender.close()
 
     def _published_module(self) -> Any:
@@ -243,7 +300,7 @@ class PolicyActor(_LearnerActor):
         assert isinstance(module, PolicyModel)
         return module.lm
 
-    def _texts(self, experiences: list[Experience], scores: Scores) -> list[dict[str, Any]]:
+    def _texts(self, experiences: list[Experience], scores: Scores, gold: Mapping[int, float]) -> list[dict[str, Any]]:
         if self.engine.rank:
             return []
         texts = []
@@ -262,6 +319,7 @@ class PolicyActor(_LearnerActor):
                     "kl_k1": float(log_ratio.sum()),
                     "response_tokens": info.response_tokens,
                     "truncated": info.truncated,
+                    **({"gold": gold[info.sample_id]} if gold else {}),
                 }
             )
         return texts

@@ -7,9 +7,19 @@ from dataclasses import dataclass
 
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config
+from rayrlhf.config.run import StageName
 from rayrlhf.errors import ResourceError
 
-__all__ = ["RolePlacement", "check_resources", "plan_ppo", "plan_training"]
+__all__ = ["SAMPLING", "TRAINING", "RolePlacement", "check_resources", "plan_ppo", "plan_training"]
+
+
+TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo")
+# The roles of the stages that sample; None is all that PPO needs.
+SAMPLING: dict[StageName, tuple[str, ...] | None] = {
+    "collect": ("policy", "rollout"),
+    "ppo": None,
+    "eval": ("policy", "reference", "reward", "rollout"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class RolePlacement:
 
 
 def plan_ppo(config: Config) -> list[RolePlacement]:
-    """The five roles of a PPO run; four where the advantages need no value model."""
+    """The five roles of a PPO run; four where the advantages need no value model. Other stages take some of them."""
     cluster = config.cluster
     without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     roles = [
@@ -60,7 +70,7 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
 
 
 def plan_training(config: Config) -> RolePlacement:
-    """The workers of pretrain, sft, reward and dpo."""
+    """The workers of `TRAINING` stages."""
     train = config.cluster.train
     return RolePlacement("train", train.ranks, train.cpus, config.cluster.gpus(train), train.threads)
 
@@ -68,8 +78,11 @@ def plan_training(config: Config) -> RolePlacement:
 def plans(config: Config) -> list[list[RolePlacement]]:
     """What is placed together, one group after the other: the supervised stages' workers, then the roles of PPO."""
     stages = config.stages()
-    groups = [[plan_training(config)]] if any(stage != "ppo" for stage in stages) else []
-    return [*groups, plan_ppo(config)] if "ppo" in stages else groups
+    groups = [[plan_training(config)]] if any(stage in TRAINING for stage in stages) else []
+    for stage, roles in SAMPLING.items():
+        if stage in stages:
+            groups.append([placement for placement in plan_ppo(config) if roles is None or placement.role in roles])
+    return groups
 
 
 def required(config: Config) -> dict[str, float]:

@@ -33,9 +33,11 @@ class RolloutActor(Actor):
         shards = psutil.Process().children() if self._settings.tensor_parallel > 1 else []
         return super().memory_gib() + float(sum(p.memory_info().rss for p in shards)) / 2**30
 
-    def generate(self, requests: Sequence[SampleRequest]) -> tuple[list[RolloutInfo], list[Any]]:
+    def generate(
+        self, requests: Sequence[SampleRequest], temperature: float | None = None
+    ) -> tuple[list[RolloutInfo], list[Any]]:
         """Who was sampled, and the handle of their `Rollout`s in a list."""
-        rollouts = self._engine.generate(requests)
+        rollouts = self._engine.generate(requests, temperature)
         return [r.info for r in rollouts], [ray.put(rollouts)]
 
     def close(self) -> None:
@@ -115,13 +117,13 @@ class EnginePool:
         self._publisher = publisher
         self._serving: list[_Engine] = []
 
-    async def generate(self, requests: Sequence[SampleRequest]) -> RolloutBatch:
+    async def generate(self, requests: Sequence[SampleRequest], temperature: float | None = None) -> RolloutBatch:
         """Deal the requests evenly to the engines that hold verified weights."""
         if not self._serving:
             raise WeightSyncError("no engine holds verified weights", "publish before sampling")
         shares = [requests[i :: len(self._serving)] for i in range(len(self._serving))]
         calls = [
-            self._group.call_rank(engine.rank, "generate", share)
+            self._group.call_rank(engine.rank, "generate", share, temperature)
             for engine, share in zip(self._serving, shares, strict=True)
             if share
         ]

@@ -10,7 +10,10 @@ from rayrlhf.config.base import Folder, PositiveInt, Section
 
 __all__ = ["SOURCE_FIELDS", "DataConfig"]
 
-SOURCE_FIELDS = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
+SOURCE_FIELDS = (
+    *("text", "demonstrations", "ranking_prompts", "rankings", "heldout_rankings", "prompts", "heldout_prompts"),
+    "multiple_choice",
+)
 
 
 # A list of sources; one alone may be written without the brackets.
@@ -26,12 +29,18 @@ class DataConfig(Section):
     """Plain text to pretrain on."""
     demonstrations: Sources = ()
     """prompt and response, or messages."""
+    ranking_prompts: Sources = ()
+    """What `collect` samples responses for."""
     rankings: Sources = ()
     """prompt, responses, ranks; or prompt, chosen, rejected."""
     heldout_rankings: Sources = ()
     """Never trained on; the accuracy of the reward model, and of dpo, is reported on them, per source."""
     prompts: Sources = ()
     """What PPO samples responses for."""
+    heldout_prompts: Sources = ()
+    """What `eval` samples responses for; never trained on."""
+    multiple_choice: Sources = ()
+    """prompt, choices, answer: `eval` counts how often the right choice is the likeliest."""
     heldout_fraction: Annotated[float, Field(ge=0, le=0.5, strict=True)] = 0.05
     """Share of prompts kept out of sft and pretrain for the validation loss."""
     max_prompt_tokens: PositiveInt = 128

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,9 @@ class ScoreConfig(Section):
 
 
 class PPOConfig(Section):
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], dict[str, Any]] = Field(default_factory=dict)
+    """Several runs of this stage one after the other on the same actors, each with some keys of this section changed:
+    `{ppo: {ptx.coef: 0}, ppo_ptx: {}}`. The last one's policy is the run's."""
     steps: PositiveInt = 100
     batch_size: PositiveInt = 512
     """Responses per step."""

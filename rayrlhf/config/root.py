@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from typing import Any
+
+from pydantic import ValidationError, model_validator
 
 from rayrlhf.config.base import Section
 from rayrlhf.config.cluster import ClusterConfig
-from rayrlhf.config.data import SOURCE_FIELDS, DataConfig
+from rayrlhf.config.data import DataConfig
+from rayrlhf.config.evaluation import CollectConfig, EvalConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
 from rayrlhf.config.run import STAGES, CheckpointConfig, RunConfig, StageName, TrackingConfig
@@ -14,6 +17,9 @@ from rayrlhf.config.training import DPOConfig, PretrainConfig, RewardConfig, SFT
 from rayrlhf.config.world import WorldConfig
 
 __all__ = ["Config"]
+
+# Keys of `ppo` that say how its actors are built.
+ARM_FIXED = ("arms", "advantage", "zero_stage", "frozen_zero_stage")
 
 
 class Config(Section):
@@ -24,9 +30,12 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
+    collect: CollectConfig | None = None
+    """Set, the rankings are made by a world's labelers from the SFT model's responses, whatever `data.rankings` is."""
     reward: RewardConfig = RewardConfig()
     dpo: DPOConfig = DPOConfig()
     ppo: PPOConfig = PPOConfig()
+    eval: EvalConfig = EvalConfig()
     rollout: RolloutConfig = RolloutConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -34,8 +43,45 @@ class Config(Section):
 
     def stages(self) -> tuple[StageName, ...]:
         """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for."""
-        given = {"pretrain": self.model.path, "sft": self.sft.path, "reward": self.reward.path}
+        given = {
+            "pretrain": self.model.path,
+            "sft": self.sft.path,
+            "collect": self.collect is None,
+            "reward": self.reward.path,
+        }
         return tuple(stage for stage in STAGES if stage in self.run.stages and not given.get(stage))
+
+    def arms(self) -> dict[str, Config]:
+        """The configs of the PPO runs of `ppo.arms` by name, each without arms; this one where there are none."""
+        if not self.ppo.arms:
+            return {"ppo_ptx" if self.ppo.ptx.coef else "ppo": self}
+        return {name: self._arm(name, changes) for name, changes in self.ppo.arms.items()}
+
+    def _arm(self, name: str, changes: dict[str, Any]) -> Config:
+        tree = self.model_dump(mode="json")
+        tree["ppo"]["arms"] = {}
+        for dotted, value in changes.items():
+            *path, key = dotted.split(".")
+            section = tree["ppo"]
+            for part in path:
+                section = section.get(part) if isinstance(section, dict) else None
+            if not isinstance(section, dict) or key not in section:
+                raise ValueError(f"ppo.arms.{name}: ppo has no key {dotted!r}")
+            if dotted in ARM_FIXED:
+                raise ValueError(f"ppo.arms.{name}: {dotted} belongs to the actors, which all arms share")
+            section[key] = value
+        try:
+            return Config.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"][1:])
+            raise ValueError(f"ppo.arms.{name}: {place}: {first['msg']}") from None
+
+    @model_validator(mode="after")
+    def _arms_can_be_run(self) -> Config:
+        if self.ppo.arms:
+            self.arms()
+        return self
 
     @model_validator(mode="after")
     def _something_is_to_be_run(self) -> Config:
@@ -46,15 +92,16 @@ class Config(Section):
     @model_validator(mode="after")
     def _stages_have_data(self) -> Config:
         if self.world.name:
-            if any(getattr(self.data, field) for field in ("root", *SOURCE_FIELDS)):
-                raise ValueError("world.name and the files of the data section contradict each other: keep one")
             return self  # the world's files fill data.* before anything reads it
+        rankings = "rankings" if self.collect is None else "ranking_prompts"
         needs = {
             "pretrain": "text",
             "sft": "demonstrations",
-            "reward": "rankings",
-            "dpo": "rankings",
+            "collect": "ranking_prompts",
+            "reward": rankings,
+            "dpo": rankings,
             "ppo": "prompts",
+            "eval": "heldout_prompts",
         }
         for stage in self.stages():
             if not getattr(self.data, needs[stage]):
@@ -64,6 +111,14 @@ class Config(Section):
                 f"sft.pretrain_mix.coef is {self.sft.pretrain_mix.coef:g} but data.text is empty: "
                 "give text, or set it to 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_world_has_a_name(self) -> Config:
+        if self.world.module and not self.world.name:
+            raise ValueError("world.module is set but world.name is not: name the world that it registers")
+        if self.collect is not None and not self.world.name:
+            raise ValueError("collect needs world.name: only a world's simulated labelers rank what is sampled")
         return self
 
     @model_validator(mode="after")

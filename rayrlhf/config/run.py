@@ -11,9 +11,9 @@ from rayrlhf.config.base import Folder, NonNegativeInt, Positive, PositiveInt, S
 
 __all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConfig"]
 
-StageName = Literal["pretrain", "sft", "reward", "dpo", "ppo"]
+StageName = Literal["pretrain", "sft", "collect", "reward", "dpo", "ppo", "eval"]
 # In the order in which they run; each comes after those it starts from.
-STAGES: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo", "ppo")
+STAGES: tuple[StageName, ...] = ("pretrain", "sft", "collect", "reward", "dpo", "ppo", "eval")
 
 
 class RunConfig(Section):
@@ -25,9 +25,9 @@ class RunConfig(Section):
     deterministic as it is."""
     output: Folder = Path("runs")
     """Runs go to `<output>/<name>/`; finished stages to `<output>/artifacts/`, shared by all runs there."""
-    stages: tuple[StageName, ...] = ("pretrain", "sft", "reward", "ppo")
-    """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set; `dpo`, the
-    baseline, runs only where it is named."""
+    stages: tuple[StageName, ...] = ("pretrain", "sft", "collect", "reward", "ppo")
+    """What `rayrlhf run` chains, in the recipe's order. `pretrain` is skipped when `model.path` is set, `collect` where
+    there is no `collect` section; `dpo`, the baseline, and `eval` run only where they are named."""
     max_loss: Positive = 1e4
     """A loss beyond this, or one that is not finite, stops the run."""
 

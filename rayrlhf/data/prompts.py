@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rayrlhf.data.chat import encode_prompt, encode_response
+from rayrlhf.data.chat import encode_prompt, encode_response, encode_text
 from rayrlhf.errors import ConfigError, DataError
-from rayrlhf.types import Demonstration, PretrainText, Prompt, PromptTokens, Ranking, Turns
+from rayrlhf.types import ChoiceQuestion, Demonstration, PretrainText, Prompt, PromptTokens, Ranking, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,7 @@ __all__ = [
     "RankingExample",
     "TokenizeReport",
     "pack_text",
+    "tokenize_choices",
     "tokenize_demonstrations",
     "tokenize_prompts",
     "tokenize_rankings",
@@ -135,7 +136,12 @@ def tokenize_rankings(
     truncated = 0
     for index, prompt in fitting.items():
         record = rankings[index]
-        joined = [_join(prompt, encode_response(tokenizer, text), max_tokens) for text in record.responses]
+        encoded = [
+            # The EOS that encode_response ends with was never sampled for a response that a limit cut.
+            encode_response(tokenizer, text)[: -1 if number in record.unfinished else None]
+            for number, text in enumerate(record.responses)
+        ]
+        joined = [_join(prompt, tokens, max_tokens) for tokens in encoded]
         truncated += sum(cut for _, cut in joined)
         kept.append(
             RankingExample(
@@ -147,6 +153,26 @@ def tokenize_rankings(
             )
         )
     return kept, TokenizeReport(len(kept), len(rankings) - len(kept), truncated)
+
+
+def tokenize_choices(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[ChoiceQuestion], max_tokens: int
+) -> tuple[list[RankingExample], list[ChoiceQuestion]]:
+    """Each question's choices as sequences that go on from its prompt, plain text without a chat template or an EOS.
+
+    Returns:
+        (for each question kept a row of its choices, K times int32 [T_k]; the questions kept, those that fit).
+    """
+    kept: list[RankingExample] = []
+    questions_kept = []
+    for question in questions:
+        prompt = encode_text(tokenizer, question.prompt)
+        rows = [np.array([*prompt, *encode_text(tokenizer, f" {c}")], dtype=np.int32) for c in question.choices]
+        if prompt and max(map(len, rows)) <= max_tokens:
+            lengths = tuple(len(choice) for choice in question.choices)
+            kept.append(RankingExample(tuple(rows), (1,) * len(rows), len(prompt), question.source, lengths))
+            questions_kept.append(question)
+    return kept, questions_kept
 
 
 def pack_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[PretrainText], context: int) -> np.ndarray:

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from rayrlhf.data.sources import Row, check_sources, documents, fingerprint_sources, is_text, rows
 from rayrlhf.errors import DataError
-from rayrlhf.types import Demonstration, PretrainText, Prompt, Ranking, Turns
+from rayrlhf.types import ChoiceQuestion, Demonstration, PretrainText, Prompt, Ranking, Turns
 
 __all__ = [
     "check_sources",
     "fingerprint_sources",
+    "read_choices",
     "read_demonstrations",
     "read_prompts",
     "read_rankings",
@@ -92,7 +93,27 @@ def read_prompts(sources: Sequence[str], root: Path | None) -> list[Prompt]:
     return [Prompt(_prompt(row), _source(row)) for source in sources for row in rows(source, root)]
 
 
+def read_choices(sources: Sequence[str], root: Path | None) -> list[ChoiceQuestion]:
+    """Multiple-choice questions: prompt, choices, and answer, the number of the right one from 0.
+
+    Raises:
+        DataError: a source cannot be read, or a record is malformed.
+    """
+    return [_choices(row) for source in sources for row in rows(source, root)]
+
+
 # ---------------------------------------------------------------------------------------------------- records
+
+
+def _choices(row: Row) -> ChoiceQuestion:
+    choices = tuple(_checked(row, f"choices[{i}]", value) for i, value in enumerate(_list(row, "choices")))
+    answer = _field(row, "answer", "a number")
+    if len(choices) < 2:
+        raise DataError(f"{row.place}: `choices` has {len(choices)} of them, expected 2 or more", "mend the record")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        message = f"{row.place}: `answer` is {answer!r}, expected the number of a choice, 0 to {len(choices) - 1}"
+        raise DataError(message, "count the choices from 0")
+    return ChoiceQuestion(_filled(row, "prompt"), choices, answer, _source(row))
 
 
 def _demonstration(row: Row) -> Demonstration:
@@ -124,7 +145,19 @@ def _ranking(row: Row) -> Ranking:
     if len(ranks) != len(responses):
         message = f"{row.place}: {len(responses)} `responses` but {len(ranks)} `ranks`"
         raise DataError(message, "give one rank per response, 1 for the best; equal ranks are ties")
-    return Ranking(prompt, responses, ranks, _source(row))
+    return Ranking(prompt, responses, ranks, _source(row), _unfinished(row, len(responses)))
+
+
+def _unfinished(row: Row, responses: int) -> frozenset[int]:
+    """Numbers, from 0, of the responses that a limit cut; the field may be missing."""
+    numbers = _list(row, "unfinished") if "unfinished" in row.fields else []
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < responses:
+            message = (
+                f"{row.place}: `unfinished` has {value!r}, expected numbers of responses from 0 to {responses - 1}"
+            )
+            raise DataError(message, "name the responses that were cut before their end, or leave the field out")
+    return frozenset(n for n in numbers if isinstance(n, int))
 
 
 def _rank(row: Row, index: int, value: object) -> int:

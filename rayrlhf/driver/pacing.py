@@ -10,7 +10,7 @@ from rayrlhf.driver.protocols import RolloutPool, ScoredBatch, Scorers
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import SampleRequest
 
-__all__ = ["PromptStream", "SyncPacing", "TextStream"]
+__all__ = ["PromptStream", "SyncPacing", "TextStream", "sample_seed"]
 
 
 class PromptStream:
@@ -34,7 +34,7 @@ class PromptStream:
         if place == 0:
             self._order = epoch_order(len(self._prompt_ids), self._seed, epoch)
         prompt_id = self._prompt_ids[int(self._order[place])]
-        request = SampleRequest(self._drawn, prompt_id, _seed(self._seed, epoch, prompt_id, self._drawn))
+        request = SampleRequest(self._drawn, prompt_id, sample_seed(self._seed, epoch, prompt_id, self._drawn))
         self._drawn += 1
         return request
 
@@ -77,6 +77,7 @@ class SyncPacing:
             yield ScoredBatch(batch, scores)
 
 
-def _seed(*parts: int) -> int:
+def sample_seed(*parts: int | str) -> int:
+    """A seed of an engine's random stream, made of what names the response."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # engines take signed 64-bit seeds

@@ -86,8 +86,8 @@ class RolloutEngine:
         """The committed version; None while a publish is under way or after one failed."""
         return self._version
 
-    def generate(self, requests: Sequence[SampleRequest]) -> list[Rollout]:
-        """Sample one response per request.
+    def generate(self, requests: Sequence[SampleRequest], temperature: float | None = None) -> list[Rollout]:
+        """Sample one response per request, at the engine's own temperature unless another is given.
 
         Raises:
             WeightSyncError: when no verified weights are loaded.
@@ -99,7 +99,7 @@ class RolloutEngine:
         prompts = [TokensPrompt(prompt_token_ids=self._prompts[r.prompt_id]) for r in requests]
         params = [
             SamplingParams(
-                temperature=self._settings.temperature,
+                temperature=self._settings.temperature if temperature is None else temperature,
                 max_tokens=self._settings.max_tokens,
                 stop_token_ids=[self._settings.eos],
                 logprobs=0,

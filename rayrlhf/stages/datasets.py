@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from rayrlhf.config import Config
 from rayrlhf.data import prompts as tokenized
 from rayrlhf.data.chat import load_tokenizer, with_template
-from rayrlhf.data.prompts import LMExample
-from rayrlhf.data.readers import read_demonstrations, read_prompts, read_rankings, read_text
+from rayrlhf.data.prompts import LMExample, RankingExample
+from rayrlhf.data.readers import read_choices, read_demonstrations, read_prompts, read_rankings, read_text
 from rayrlhf.data.split import drop_implied, split_by_prompt
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.errors import DataError
-from rayrlhf.types import PromptTokens, Ranking
+from rayrlhf.types import ChoiceQuestion, Prompt, PromptTokens, Ranking
 
-__all__ = ["Datasets", "Split", "block_tokens"]
+__all__ = ["Datasets", "Prompts", "Split", "block_tokens"]
 
 E = TypeVar("E")
 
@@ -35,6 +36,21 @@ class Split:
     train: list[Any]
     heldout: list[Any]
     counts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts to sample for, what tokenizing did to them, and the records they are of."""
+
+    tokens: list[PromptTokens]
+    counts: dict[str, Any]
+    records: dict[int, Prompt]
+    """by prompt_id"""
+
+    @property
+    def texts(self) -> dict[int, str]:
+        """What the user said last, by prompt_id."""
+        return {prompt_id: record.prompt[-1][1] for prompt_id, record in self.records.items()}
 
 
 def _pairs_by_source(rankings: Sequence[Ranking]) -> Counter[str]:
@@ -54,6 +70,9 @@ def block_tokens(config: Config) -> int:
 
 class Datasets:
     """Lazy: a stage that is not run reads nothing."""
+
+    collected: Path | None = None
+    """Where `collect` has left its rankings, once it has."""
 
     def __init__(self, config: Config, tokenizer_path: str | None) -> None:
         """`tokenizer_path` names a finished tokenizer; None trains one on `data.text`."""
@@ -113,17 +132,35 @@ class Datasets:
 
     @property
     def uses_text(self) -> bool:
-        """Whether PPO learns from text too."""
-        return bool(self._config.ppo.ptx.coef)
+        """Whether PPO, in any of its arms, learns from text too."""
+        return any(arm.ppo.ptx.coef for arm in self._config.arms().values())
 
     @cached_property
-    def prompts(self) -> tuple[list[PromptTokens], dict[str, Any]]:
+    def prompts(self) -> Prompts:
+        return self._prompts(self._config.data.prompts)
+
+    @cached_property
+    def ranking_prompts(self) -> Prompts:
+        return self._prompts(self._config.data.ranking_prompts)
+
+    @cached_property
+    def heldout_prompts(self) -> Prompts:
+        return self._prompts(self._config.data.heldout_prompts)
+
+    @cached_property
+    def multiple_choice(self) -> tuple[list[RankingExample], list[ChoiceQuestion]]:
+        """(each question's choices as sequences, the questions); those longer than a block of text are left out."""
         data = self._config.data
-        records = self._first(read_prompts(data.prompts, data.root))
+        questions = self._first(read_choices(data.multiple_choice, data.root))
+        return tokenized.tokenize_choices(self.tokenizer, questions, block_tokens(self._config))
+
+    def _prompts(self, sources: Sequence[str]) -> Prompts:
+        data = self._config.data
+        records = self._first(read_prompts(sources, data.root))
         kept, report = tokenized.tokenize_prompts(
             self.tokenizer, records, data.max_prompt_tokens, data.overlong_prompts
         )
-        return kept, asdict(report)
+        return Prompts(kept, asdict(report), {p.prompt_id: records[p.prompt_id] for p in kept})
 
     def _rankings_within(self, longest: int) -> Split:
         train, heldout, implied = self._rankings
@@ -131,10 +168,19 @@ class Datasets:
         pairs = dict(sorted(_pairs_by_source(heldout).items()))
         return replace(split, counts=split.counts | {"implied": implied, "heldout_pairs": pairs})
 
+    @property
+    def waits_for_rankings(self) -> bool:
+        """Whether the rankings are still to be collected."""
+        return self._config.collect is not None and self.collected is None
+
     @cached_property
     def _rankings(self) -> tuple[Sequence[Ranking], Sequence[Ranking], int]:
         """(train, held out, how many judgements of `data.rankings` stood there twice)."""
         data = self._config.data
+        if self._config.collect is not None:
+            assert self.collected is not None  # the stage that needs them comes after collect
+            root = self.collected
+            return read_rankings(["rankings.jsonl"], root), read_rankings(["heldout_rankings.jsonl"], root), 0
         records = self._first(read_rankings(data.rankings, data.root, "train"))
         train = drop_implied(records)
         implied = len(records) - len(train)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.actors.placement import TRAINING
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
 from rayrlhf.config import Config
 from rayrlhf.config.run import STAGES, StageName
@@ -22,23 +23,29 @@ RECIPE_VERSION = 1
 PARENTS: dict[StageName, tuple[StageName, ...]] = {
     "pretrain": (),
     "sft": ("pretrain",),
+    "collect": ("sft",),
     "reward": ("sft",),
     "dpo": ("sft",),
     "ppo": ("sft", "reward"),
+    "eval": ("sft", "reward"),
 }
 SOURCES: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("text", "demonstrations"),  # the tokenizer learns from both
     "sft": ("demonstrations",),
     "reward": ("rankings", "heldout_rankings", "demonstrations"),
     "dpo": ("rankings", "heldout_rankings"),
+    "collect": ("ranking_prompts", "heldout_prompts"),
     "ppo": ("prompts",),
+    "eval": ("heldout_prompts", "multiple_choice", "text"),
 }
 SECTIONS: dict[StageName, tuple[str, ...]] = {
     "pretrain": ("pretrain",),
     "sft": ("sft",),
     "reward": ("reward", "sft"),  # sft's limit cuts the demonstrations that normalise the rewards
     "dpo": ("dpo",),
+    "collect": ("collect", "rollout", "world"),
     "ppo": ("ppo", "rollout", "weights"),
+    "eval": ("eval", "rollout", "world"),
 }
 
 
@@ -68,7 +75,16 @@ class Lineage:
         return self._inputs[stage]
 
     def parent_keys(self, stage: StageName) -> dict[str, str]:
-        return {parent: self._keys[parent] for parent in PARENTS[stage]}
+        return {parent: self._keys[parent] for parent in self.parents(stage)}
+
+    def parents(self, stage: StageName) -> tuple[StageName, ...]:
+        """What `stage` starts from: models, the rankings collected, and for eval every policy that the run makes."""
+        parents = PARENTS[stage]
+        if stage in ("reward", "dpo") and self._config.collect is not None:
+            parents = (*parents, "collect")
+        if stage == "eval":
+            parents = (*parents, *(policy for policy in ("dpo", "ppo") if policy in self._config.run.stages))
+        return parents
 
     def finished(self, stage: StageName) -> Artifact | None:
         return None if stage in self._given or stage in self._again else self._store.find(stage, self._keys[stage])
@@ -87,7 +103,9 @@ class Lineage:
             ConfigError: naming the parent stage that has not been run.
         """
         models: dict[str, str] = {}
-        for parent in PARENTS[stage]:
+        for parent in self.parents(stage):
+            if parent == "collect" and (parent in to_come or self.finished(parent)):
+                continue  # rankings, not a model
             path = self.model(parent)
             if path is None and parent in to_come:
                 continue
@@ -102,11 +120,14 @@ class Lineage:
 
     def _collect(self, stage: StageName) -> dict[str, Any]:
         config = self._config
-        mixed = (stage == "sft" and config.sft.pretrain_mix.coef > 0) or (stage == "ppo" and config.ppo.ptx.coef > 0)
+        ptx = any(arm.ppo.ptx.coef for arm in config.arms().values())
+        mixed = (stage == "sft" and config.sft.pretrain_mix.coef > 0) or (stage == "ppo" and ptx)
         names = (*SOURCES[stage], "text") if mixed else SOURCES[stage]
+        if "collect" in self.parents(stage):
+            names = tuple(name for name in names if name not in ("rankings", "heldout_rankings"))
         sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in names}
         judge = config.sft.select.reward_model
-        roles = ("train",) if stage != "ppo" else ("policy", "reference", "reward", "value", "rollout")
+        roles = ("train",) if stage in TRAINING else ("policy", "reference", "reward", "value", "rollout")
         limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
         return {
             "recipe": RECIPE_VERSION,
@@ -119,7 +140,7 @@ class Lineage:
             "limits": {name: getattr(config.data, name) for name in limits},
             "device": config.cluster.device,
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
-            "parents": {parent: self._keys[parent] for parent in PARENTS[stage]},
+            "parents": self.parent_keys(stage),
             **({"block_tokens": block_tokens(config)} if mixed else {}),
             **({"judge": hash_model_folder(absolute(judge))} if stage == "sft" and judge else {}),
         }

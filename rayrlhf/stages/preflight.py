@@ -69,6 +69,8 @@ def check_verify_step(config: Config, step: int) -> None:
         ConfigError: naming the key that it does not cover.
     """
     ppo = config.ppo
+    if ppo.arms:
+        raise ConfigError(f"--verify-step {step}: ppo.arms has several runs", "set ppo.arms={} to verify one of them")
     if "ppo" not in config.stages():
         raise ConfigError(f"--verify-step {step}: run.stages has no ppo", "add ppo to run.stages")
     if step > ppo.steps:
@@ -155,10 +157,13 @@ def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dic
     """
     counts: dict[StageName, dict[str, int]] = {}
     for stage in todo:
-        if stage == "ppo":
-            counts[stage] = dict(data.prompts[1])
-            if data.uses_text:
+        sampled = {"collect": "ranking_prompts", "ppo": "prompts", "eval": "heldout_prompts"}
+        if stage in sampled:
+            counts[stage] = dict(getattr(data, sampled[stage]).counts)
+            if stage == "ppo" and data.uses_text:
                 counts[stage]["text_blocks"] = len(data.pretrain.train)
+        elif stage in ("reward", "dpo") and data.waits_for_rankings:
+            continue  # they are sampled and ranked first
         else:
             split: Split = getattr(data, stage)
             counts[stage] = split.counts

@@ -57,11 +57,14 @@ class StageProgress:
         if self._bar:
             self._bar.update(self._task, phase=name)
 
-    def step(self, done: int, total: int, numbers: Mapping[str, float]) -> None:
-        """`done` of `total` steps are over; `numbers` are shown as they are named."""
+    def step(self, done: int, total: int, numbers: Mapping[str, float], arm: str | None = None) -> None:
+        """`done` of `total` steps are over; `numbers` are shown as they are named, after the `arm` they belong to."""
+        if done < self._done:
+            self._first = None  # another arm begins
         self._done, self._total = done, total
         self._first = self._first or (monotonic(), done)
-        self._numbers = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        named = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        self._numbers = f"{arm}: {named}" if arm else named
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, numbers=self._numbers)
         elif monotonic() - self._last_line >= LINE_EVERY_S or done == total:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from time import perf_counter
@@ -23,9 +23,11 @@ from rayrlhf.config.run import StageName
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
+from rayrlhf.stages.collect import run_collect
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Datasets
 from rayrlhf.stages.dpo import run_dpo
+from rayrlhf.stages.evaluation import run_eval
 from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.ppo import run_ppo_stage
@@ -38,11 +40,14 @@ __all__ = ["run"]
 BODIES: dict[StageName, Callable[[StageContext, dict[str, str], Path], dict[str, Any]]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
+    "collect": run_collect,
     "reward": run_reward,
     "dpo": run_dpo,
     "ppo": run_ppo_stage,
+    "eval": run_eval,
 }
-# Where in the run's folder a stage leaves its policy: the recipe's own, and the baseline's beside it.
+# What a stage leaves in the run's folder: files, and its policy, the recipe's own or the baseline's beside it.
+LEFT: dict[StageName, tuple[str, ...]] = {"ppo": ("trace.json",), "eval": ("evaluation.json", "answers.jsonl")}
 POLICIES: dict[StageName, str] = {"dpo": "model_dpo", "ppo": "model"}
 
 
@@ -69,6 +74,7 @@ def run(config: Config, console: Console, dry_run: bool = False, verify_step: in
     todo = [stage for stage in config.stages() if lineage.finished(stage) is None]
     tokenizer = lineage.model("sft") if config.sft.path else lineage.model("pretrain")
     data = Datasets(config, tokenizer)
+    _take_rankings(data, lineage)
     counts = preflight.check_data(data, todo)
     if "sft" in todo:
         preflight.check_selection(config, data)
@@ -84,10 +90,28 @@ def run(config: Config, console: Console, dry_run: bool = False, verify_step: in
     return _Run(config, console, store, lineage, data, verify_step).execute()
 
 
+def _take_rankings(data: Datasets, lineage: Lineage) -> None:
+    """Once `collect` is done, its rankings are the data's."""
+    collected = lineage.finished("collect")
+    data.collected = collected.folder if collected else None
+
+
 def _check_parents(config: Config, lineage: Lineage, todo: Sequence[StageName]) -> None:
     """Each stage to run finds what it starts from: made in this chain before it, or there already."""
     for stage in todo:
         lineage.parent_models(stage, to_come=config.stages())
+
+
+def _evaluation(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run says of its models: eval's numbers, and the reward model's accuracy by source."""
+    own = ("seconds", "memory_gib", "cached", "key", "parents")
+    evaluation = {name: value for name, value in stages.get("eval", {}).items() if name not in own}
+    accuracy = {source: row["accuracy"] for source, row in stages.get("reward", {}).get("accuracy", {}).items()}
+    if "gold" in accuracy:
+        accuracy["heldout"] = accuracy["gold"]
+    if "labeler_agreement" in stages.get("collect", {}):
+        accuracy["labeler_agreement"] = stages["collect"]["labeler_agreement"]
+    return evaluation | {"reward_accuracy": accuracy}
 
 
 class _Run:
@@ -125,8 +149,7 @@ class _Run:
                 summary["stages"][stage] = self._stage(context, stage)
             summary["status"] = "done"
         finally:
-            accuracy = summary["stages"].get("reward", {}).get("accuracy", {})
-            summary["evaluation"]["reward_accuracy"] = {s: row["accuracy"] for s, row in accuracy.items()}
+            summary["evaluation"] = _evaluation(summary["stages"])
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
             context.close()
         show_summary(self.console, summary, self.folder)
@@ -143,6 +166,7 @@ class _Run:
                 result = BODIES[stage](context, self.lineage.parent_models(stage), workspace)
                 result["seconds"] = perf_counter() - start
                 artifact = self.store.finish(workspace, stage, key, self.lineage.inputs(stage), parents, result)
+                _take_rankings(self.data, self.lineage)
             finally:
                 shutil.rmtree(workspace, ignore_errors=True)  # finish has renamed it, unless the stage failed
         else:
@@ -150,12 +174,11 @@ class _Run:
             self._replay(context, artifact)
         if stage in POLICIES:
             # Copies, not links: whoever edits the run's model must not change the artifact that other runs reuse.
-            for model in ("", "_ema"):
-                if (artifact.folder / f"model{model}").is_dir():
-                    target = self.folder / f"{POLICIES[stage]}{model}"
-                    shutil.copytree(artifact.folder / f"model{model}", target, dirs_exist_ok=True)
-        if stage == "ppo":
-            shutil.copy2(artifact.folder / "trace.json", self.folder / "trace.json")
+            for model in artifact.folder.glob("model*"):
+                target = self.folder / model.name.replace("model", POLICIES[stage], 1)
+                shutil.copytree(model, target, dirs_exist_ok=True)
+        for name in LEFT.get(stage, ()):
+            shutil.copy2(artifact.folder / name, self.folder / name)
         return {**artifact.result, "cached": cached, "key": key, "parents": parents}
 
     def _replay(self, context: StageContext, artifact: Artifact) -> None:

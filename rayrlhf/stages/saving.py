@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rayrlhf.actors.group import ActorGroup
-from rayrlhf.config.run import CheckpointConfig
+from rayrlhf.config import Config
 from rayrlhf.stages.context import StageContext
 
 __all__ = ["PolicySaver"]
@@ -19,11 +19,14 @@ __all__ = ["PolicySaver"]
 class PolicySaver:
     """`checkpoints/step-000010/{model,value,...}` in Hugging Face format; a folder is there whole or not at all."""
 
-    def __init__(self, groups: Mapping[str, ActorGroup], context: StageContext, config: CheckpointConfig) -> None:
+    def __init__(
+        self, groups: Mapping[str, ActorGroup], context: StageContext, config: Config, arm: str | None = None
+    ) -> None:
         self._groups = groups
         self._context = context
-        self._config = config
-        self._folder = context.folder / "checkpoints"
+        self._config = config.checkpoint
+        self._averages = config.ppo.ema is not None
+        self._folder = context.folder / "checkpoints" / (arm or "")
         self._models = {role: name for role, name in (("policy", "model"), ("value", "value")) if role in groups}
 
     async def save_if_due(self, step: int) -> None:
@@ -44,7 +47,7 @@ class PolicySaver:
         target = folder.resolve()
         calls = [self._groups[role].call("save", str(target / name)) for role, name in self._models.items()]
         await asyncio.gather(*calls)
-        if self._context.config.ppo.ema:
+        if self._averages:
             await self._groups["policy"].call("save_average", str(target / "model_ema"))
             self._context.data.tokenizer.save_pretrained(target / "model_ema")
         self._context.data.tokenizer.save_pretrained(target / "model")

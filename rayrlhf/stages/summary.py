@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rayrlhf.actors.placement import plan_ppo, plan_training, required
+from rayrlhf.actors.placement import SAMPLING, TRAINING, plan_ppo, plan_training, required
 from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
 from rayrlhf.evaluation.agreement import Row
@@ -29,10 +29,11 @@ def show_placement(console: Console, config: Config, todo: Sequence[str]) -> Non
     table = Table(title="placement", title_justify="left")
     for column in ("stage", "role", "ranks", "CPUs a rank", "GPUs a rank", "threads a rank"):
         table.add_column(column, justify="left" if column in ("stage", "role") else "right")
-    training = [stage for stage in config.stages() if stage != "ppo"]
+    training = [stage for stage in config.stages() if stage in TRAINING]
     rows = [(", ".join(training), plan_training(config))] if training else []
-    if "ppo" in config.stages():
-        rows += [("ppo", placement) for placement in plan_ppo(config)]
+    for placement in plan_ppo(config):
+        stages = [s for s, roles in SAMPLING.items() if s in config.stages() and (not roles or placement.role in roles)]
+        rows += [(", ".join(stages), placement)] if stages else []
     for stage, p in rows:
         table.add_row(stage, p.role, str(p.ranks), f"{p.cpus:g}", f"{p.gpus:g}", str(p.threads))
     console.print(table)
@@ -60,7 +61,47 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
             console.print(_accuracy_table(name, accuracy))
             if len(sizes := _ranking_sizes(accuracy)) > 1:
                 console.print(_accuracy_by_k_table(name, accuracy, sizes))
+    if "reward_mean" in summary["evaluation"]:
+        console.print(_arms_table(summary["evaluation"]))
     console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
+
+
+# measure -> its heading; a missing one has no column
+_ARM_COLUMNS = {
+    "gold_win_rate": "gold win rate",
+    "length_controlled_win_rate": "at equal length",
+    "heldout_reward_win_rate": "held-out reward wins",
+    "gold_mean": "gold",
+    "reward_mean": "reward",
+    "kl_per_response": "KL, nats",
+    "length_mean": "tokens",
+    "pretrain_loss": "text loss",
+    "cloze_accuracy": "choices right",
+    "distinct_2": "distinct-2",
+}
+
+
+def _arms_table(evaluation: Mapping[str, Any]) -> Table:
+    """One row an arm; a win rate is against SFT, and what follows +- is half of its 95 % interval."""
+    columns = {name: heading for name, heading in _ARM_COLUMNS.items() if name in evaluation}
+    title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over sft"
+    table = Table(title=title, title_justify="left")
+    table.add_column("arm")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for arm in evaluation["reward_mean"]:
+        cells = [evaluation[name].get(f"{arm}_vs_sft", evaluation[name].get(arm)) for name in columns]
+        table.add_row(arm, *(_with_interval(cell) for cell in cells))
+    return table
+
+
+def _with_interval(cell: Any) -> str:
+    if not isinstance(cell, Mapping):
+        return _three_digits(cell)
+    if cell.get("bound"):
+        return f"< {cell['value']:.3f}"
+    low, high = cell["ci95"]
+    return f"{cell['value']:.3f} ±{(high - low) / 2:.3f}"
 
 
 def show_agreement(console: Console, title: str, rows: Sequence[Row]) -> None:
@@ -86,8 +127,13 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
             return f"train loss {result['train_loss']:.3f}"
         kept = f", kept from step {result['selected']['step']}" if "selected" in result else ""
         return f"held-out loss {result['heldout_loss_before']:.3f} -> {result['heldout_loss']:.3f}{kept}"
+    if stage == "collect":
+        agreed, right = result["labeler_agreement"], result["fully_right"]
+        return f"labelers agree with gold {agreed:.3f}, ties {result['ties']:.3f}, SFT fully right {right:.3f}"
     if stage == "reward":
         return f"train loss {result['train_loss']:.3f}"
+    if stage == "eval":
+        return f"{result['prompts']} prompts"
     if stage == "dpo":
         margin, won = result["train_margin"], result["train_accuracy"]
         return f"train loss {result['train_loss']:.3f}, implicit reward margin {margin:.3g}, accuracy {won:.3f}"

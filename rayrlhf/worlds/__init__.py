@@ -1,6 +1,6 @@
-"""Small invented worlds to run the whole recipe in.
+"""Small invented worlds to run the whole recipe in: text, instructions, demonstrations, labelers and an exact judge.
 
-A world is text to pretrain on, demonstrations, rankings and prompts about things whose answers a program can check,
-so that a run's quality can be measured exactly and nothing has to be downloaded. `starter` is the first: a few
-thousand records, enough for `make demo`.
+`base.py` says what a world is and registers it; `instructions.py` is the built-in one (its kinds of instruction in
+kinds.py, its words in words.py, its plain text in texts.py); `labelers.py` simulates people who rank responses;
+`files.py` writes a world as the files that a user's own data would be.
 """

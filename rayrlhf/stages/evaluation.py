@@ -1,0 +1,211 @@
+"""`eval`: every policy of a run answers the same held-out prompts; rewards, gold, KL, text loss, choices, side by side.
+
+policy (one arm after the other) ─► publish ─► engines answer ─► policy, reference, reward score ─► rows by prompt
+        └──► held-out text, multiple choice                                                           │
+                                                     evaluation.json, answers.jsonl, a table ◄────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from rayrlhf.actors.roles import ScorerRoles
+from rayrlhf.actors.rollout import EnginePool
+from rayrlhf.config import Config
+from rayrlhf.driver.pacing import sample_seed
+from rayrlhf.driver.protocols import RolloutBatch
+from rayrlhf.evaluation.summary import summarise
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.lineage import absolute
+from rayrlhf.stages.progress import StageProgress
+from rayrlhf.stages.roles import RoleSet
+from rayrlhf.stages.sampling import answers, fetch_rollouts, sample
+from rayrlhf.types import PromptTokens, Rollout, SampleRequest, Scores
+from rayrlhf.worlds.base import World, create_world
+
+__all__ = ["BASE", "arm_models", "evaluate_models", "run_eval"]
+
+BASE = "sft"
+"""The arm that the others are compared with, and that KL is measured from."""
+
+
+def run_eval(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
+    """Evaluate what the run has made; leaves evaluation.json and answers.jsonl in the workspace."""
+    return evaluate_models(context, arm_models(context.config, parents), parents["reward"], workspace)
+
+
+def evaluate_models(context: StageContext, models: Mapping[str, str], reward: str, workspace: Path) -> dict[str, Any]:
+    """As `run_eval`, of any models by the name of their arm; the first is `BASE`."""
+    context.ensure_ray()
+    return asyncio.run(_Evaluation(context, models, reward, workspace).run())
+
+
+def arm_models(config: Config, parents: Mapping[str, str]) -> dict[str, str]:
+    """Folder of each policy by arm: SFT, DPO if there is one, the PPO arms in their order."""
+    models = {BASE: parents["sft"]} | {name: parents[name] for name in ("dpo",) if name in parents}
+    if "ppo" in parents:
+        *others, last = config.arms()
+        folder = Path(parents["ppo"])
+        models |= {name: str(folder.with_name(f"model_{name}")) for name in others}
+        models[last] = str(folder)
+    return models
+
+
+@dataclass
+class _Arm:
+    """What one arm said, and what is said of it."""
+
+    rollouts: dict[int, Rollout]
+    scores: Scores
+    batches: Sequence[RolloutBatch]
+    heldout_rewards: dict[int, float] = field(default_factory=dict)
+    """of `eval.reward_model`, by sample_id"""
+    measures: dict[str, Any] = field(default_factory=dict)
+
+
+class _Evaluation:
+    def __init__(self, context: StageContext, models: Mapping[str, str], reward: str, workspace: Path) -> None:
+        self.context = context
+        self.config = context.config
+        self.models = models
+        self.workspace = workspace
+        found = context.data.heldout_prompts
+        self.prompts: list[PromptTokens] = found.tokens[: self.config.eval.prompts]
+        self.records = {p.prompt_id: found.records[p.prompt_id] for p in self.prompts}
+        base = models[BASE]
+        roles = ("policy", "reference", "reward", "rollout")
+        self.roles = RoleSet(context, roles, {"policy": base, "reference": base, "reward": reward}, self.prompts)
+
+    async def run(self) -> dict[str, Any]:
+        arms: dict[str, _Arm] = {}
+        with StageProgress(self.context.console, "eval") as progress:
+            try:
+                progress.phase("starting")
+                await self.roles.start()
+                pool = self.roles.pool()
+                for version, (name, model) in enumerate(self.models.items()):
+                    progress.phase(name)
+                    if version:
+                        await self.roles.reload("policy", self.config, model)
+                    await pool.publish(version)
+                    arms[name] = await self._answer(pool)
+                    arms[name].measures = await self._measure()
+                    if name == BASE and self.config.eval.best_of > 1:
+                        arms[f"best_of_{self.config.eval.best_of}"] = await self._best_of(pool)
+                    progress.step(version + 1, len(self.models), {})
+                if self.config.eval.reward_model is not None:
+                    progress.phase("judging")
+                    await self._judge_again(arms, self.config.eval.reward_model)
+                memory = await self.roles.memory()
+            finally:
+                await self.roles.stop()
+        return self._write(arms) | {"memory_gib": memory}
+
+    def _requests(self, repeats: int, purpose: str) -> list[SampleRequest]:
+        """Every arm draws with the same seeds: what differs is the policy."""
+        seed = self.config.run.seed
+        return [
+            SampleRequest(i * repeats + n, p.prompt_id, sample_seed(seed, purpose, p.prompt_id, n))
+            for i, p in enumerate(self.prompts)
+            for n in range(repeats)
+        ]
+
+    async def _answer(self, pool: EnginePool) -> _Arm:
+        requests = self._requests(1, "eval")
+        batches = await sample(pool, requests, lambda done, total: None, self.config.eval.temperature)
+        scores = await self._score(batches, ("policy", "reference", "reward"))
+        return _Arm(await fetch_rollouts(batches), scores, batches)
+
+    async def _best_of(self, pool: EnginePool) -> _Arm:
+        """Of several responses to a prompt the one that the reward model scores highest."""
+        batches = await sample(pool, self._requests(self.config.eval.best_of, "best-of"), lambda done, total: None)
+        scores = await self._score(batches, ("reward",))
+        rollouts, chosen = await fetch_rollouts(batches), dict[int, int]()
+        for sample_id in sorted(rollouts):
+            prompt = rollouts[sample_id].info.prompt_id
+            if prompt not in chosen or scores.rewards[sample_id] > scores.rewards[chosen[prompt]]:
+                chosen[prompt] = sample_id
+        return _Arm({i: rollouts[i] for i in chosen.values()}, scores, batches)
+
+    async def _judge_again(self, arms: Mapping[str, _Arm], model: str) -> None:
+        """Every response once more, by a reward model that no policy was trained against."""
+        await self.roles.reload("reward", self.config, absolute(model))
+        for arm in arms.values():
+            arm.heldout_rewards = (await self._score(arm.batches, ("reward",))).rewards
+
+    async def _score(self, batches: Sequence[RolloutBatch], roles: Sequence[str]) -> Scores:
+        scorers, scores = ScorerRoles([self.roles.groups[role] for role in roles]), Scores()
+        for batch in batches:
+            for handle in await scorers.score(batch):
+                scores.merge(await handle)
+        return scores
+
+    async def _measure(self) -> dict[str, Any]:
+        """What needs the policy itself: the loss on held-out text, and multiple choice."""
+        policy, data, measures = self.roles.groups["policy"], self.context.data, dict[str, Any]()
+        if self.config.data.text:
+            blocks = data.pretrain.heldout[: self.config.eval.text_blocks]
+            if blocks:
+                measures["pretrain_loss"] = (await policy.call("text_loss", ray.put(blocks)))[0]
+        if self.config.data.multiple_choice:
+            examples, questions = data.multiple_choice
+            logprobs = (await policy.call("choice_logprobs", ray.put(examples)))[0]
+            measures["choices"] = [int(np.argmax(row)) == q.answer for row, q in zip(logprobs, questions, strict=True)]
+        return measures
+
+    def _write(self, arms: Mapping[str, _Arm]) -> dict[str, Any]:
+        world = self._world()
+        rows = [self._row(prompt.prompt_id, arms, world) for prompt in self.prompts]
+        measures = {name: arm.measures for name, arm in arms.items() if arm.measures}
+        result = summarise(rows, measures, BASE, self.config.eval.bootstrap, self.config.run.seed)
+        result |= {"temperature": self._temperature(), "models": dict(self.models)}
+        with open(self.workspace / "answers.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.workspace / "evaluation.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+        return result
+
+    def _temperature(self) -> float:
+        asked = self.config.eval.temperature
+        return self.config.rollout.temperature if asked is None else asked
+
+    def _world(self) -> World | None:
+        world = self.config.world
+        return create_world(world.name, world.module) if world.name else None
+
+    def _row(self, prompt_id: int, arms: Mapping[str, _Arm], world: World | None) -> dict[str, Any]:
+        """One prompt with every arm's answer to it."""
+        record = self.records[prompt_id]
+        prompt = record.prompt[-1][1]
+        row: dict[str, Any] = {"prompt_id": prompt_id, "prompt": prompt, "kind": record.source, "answers": {}}
+        for name, arm in arms.items():
+            sample_id = next(i for i, r in arm.rollouts.items() if r.info.prompt_id == prompt_id)
+            row["answers"][name] = self._judged(prompt, arm, sample_id, world)
+        return row
+
+    def _judged(self, prompt: str, arm: _Arm, sample_id: int, world: World | None) -> dict[str, Any]:
+        tokenizer, rollout = self.context.data.tokenizer, arm.rollouts[sample_id]
+        said = answers(tokenizer, {sample_id: rollout})[sample_id]
+        ids = [int(t) for t in rollout.tokens[rollout.prompt_tokens :]]
+        answer: dict[str, Any] = {
+            "text": said.text,
+            "tokens": [tokenizer.decode([token]) for token in ids],
+            "reward": arm.scores.rewards[sample_id],
+            "truncated": rollout.info.truncated,
+        }
+        if arm.heldout_rewards:
+            answer["heldout_reward"] = arm.heldout_rewards[sample_id]
+        if sample_id in arm.scores.logprobs:
+            kl = arm.scores.logprobs[sample_id] - arm.scores.reference_logprobs[sample_id]
+            answer["kl"] = [round(float(x), 4) for x in kl]
+        if world is not None:
+            answer["gold"] = world.gold(prompt, said.text, said.finished)
+            answer["flags"] = world.flags(prompt, said.text, said.finished)
+        return answer

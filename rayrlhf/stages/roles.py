@@ -1,0 +1,217 @@
+"""The roles of a stage that samples (collect, ppo, eval), from start to end: what each is told, and all at once."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+import psutil
+import ray
+
+from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.models import Judge, ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
+from rayrlhf.actors.placement import plan_ppo
+from rayrlhf.actors.roles import memory_per_role
+from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.config import Config
+from rayrlhf.data.batching import Cutting
+from rayrlhf.engines.deepspeed import LearnerSettings
+from rayrlhf.engines.estimation import EstimateSettings, GapLimits
+from rayrlhf.engines.learning import UpdateSettings
+from rayrlhf.engines.vllm import EngineSettings
+from rayrlhf.errors import ActorError
+from rayrlhf.models.build import context_length, read_config
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.training import learner_settings
+from rayrlhf.types import PromptTokens
+from rayrlhf.weights.probe import probe_sequences
+from rayrlhf.weights.publish import WeightPublisher
+
+__all__ = ["MODEL_ROLES", "RoleSet", "first_ratio"]
+
+# These are asked to close before they are ended, and get this long.
+HOLD_SHARED_MEMORY = ("policy", "rollout")
+CLOSE_S = 3.0
+# Before the first update of a step old and new log-probs come from the same weights, and on the first step of a run
+# policy and reference are the same model. float32 leaves room for the order of summation only, bfloat16 for rounding.
+FIRST_RATIO = {"float32": GapLimits(1e-4, 1e-4), "bfloat16": GapLimits(math.inf, 0.02)}
+# Engine and trainer compute the same function with other kernels.
+MAX_LOGPROB_GAP = {"float32": 1e-3, "bfloat16": 0.05}
+
+MODEL_ROLES = {"policy": PolicyActor, "reference": ReferenceActor, "reward": RewardActor, "value": ValueActor}
+
+
+class RoleSet:
+    """The actor groups of some roles. The engines hold `prompts`; every model is named in `models` by its role."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        roles: Sequence[str],
+        models: Mapping[str, str],
+        prompts: Sequence[PromptTokens],
+        judge: Judge | None = None,
+    ) -> None:
+        self._context = context
+        self._config = context.config
+        self._models = models
+        self._prompts = prompts
+        self._judge = judge
+        self.groups: dict[str, ActorGroup] = {}
+        self._planned = [placement for placement in plan_ppo(context.config) if placement.role in roles]
+
+    async def start(self, config: Config | None = None) -> None:
+        """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""
+        timeout = self._config.cluster.start_timeout_s
+        for placement in self._planned:
+            self.groups[placement.role] = ActorGroup(placement, self._config.cluster.call_timeout_s)
+        handle = ray.put(list(self._prompts))
+
+        async def start_model(role: str) -> None:
+            group, settings = self.groups[role], self.settings(role, config or self._config)
+            logs = [(self._context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
+            await group.spawn(MODEL_ROLES[role], logs, timeout)
+            meeting = await group.rendezvous(self._config.cluster.device, self._config.run.deterministic, timeout)
+            await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
+
+        async def start_engines() -> None:
+            group, settings = self.groups["rollout"], self._engine_settings()
+            logs = [(self._context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
+            await group.spawn(RolloutActor, logs, timeout)
+            await group.call("start", handle, timeout_s=timeout)
+
+        await asyncio.gather(start_engines(), *(start_model(role) for role in MODEL_ROLES if role in self.groups))
+
+    def pool(self) -> EnginePool:
+        """The engines, published to from the policy."""
+        config = self._config
+        rows = probe_sequences(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
+        publisher = WeightPublisher(rows, config.model.dtype, config.weights.probe_tolerance)
+        return EnginePool(self.groups["rollout"], self.groups["policy"], publisher)
+
+    async def hold_text(self, blocks: np.ndarray) -> None:
+        await self.groups["policy"].call("hold_text", ray.put(blocks))
+
+    async def reload(self, role: str, config: Config, model: str | None = None) -> None:
+        """Let the role's ranks begin again as `config` has it, with their own model or another."""
+        timeout = config.cluster.start_timeout_s
+        await self.groups[role].call("reload", self.settings(role, config, model), timeout_s=timeout)
+
+    async def memory(self) -> dict[str, float]:
+        """GiB of the largest rank, by role, and the driver's."""
+        memory = await memory_per_role(list(self.groups.values()))
+        return memory | {"memory/driver_gib": psutil.Process().memory_info().rss / 2**30}
+
+    async def stop(self) -> None:
+        """End every actor; what it holds outside its own memory is given back first."""
+
+        async def give_back(role: str) -> None:
+            group = self.groups.get(role)
+            if group and group.actors:
+                with suppress(ActorError):  # one that is busy or gone is ended all the same
+                    await group.call("close", timeout_s=CLOSE_S)
+
+        await asyncio.gather(*(give_back(role) for role in HOLD_SHARED_MEMORY))
+        for group in self.groups.values():
+            with suppress(Exception):  # Ray may be gone already; the next group must still be tried
+                group.close()
+
+    def settings(self, role: str, config: Config, model: str | None = None) -> ModelSettings:
+        ppo, frozen = config.ppo, role in ("reference", "reward")
+        cutting = Cutting(ppo.micro_batch_tokens, config.model.packed)
+        return ModelSettings(
+            path=model or self._models[role],
+            dtype=config.model.dtype,
+            device=config.cluster.device,
+            trust_remote_code=config.model.trust_remote_code,
+            cutting=cutting,
+            zero_stage=ppo.frozen_zero_stage if frozen else ppo.zero_stage,
+            temperature=config.rollout.temperature,
+            learner=None if frozen else _learner(self._context, config, role),
+            estimate=_estimate(config),
+            update=_update(config, ppo.clip if role == "policy" else ppo.value_clip, cutting),
+            transport=config.weights.transport,
+            bucket_bytes=int(config.weights.bucket_mib * 2**20),
+            run=config.run.name,
+            samples=config.tracking.samples_per_step,
+            judge=self._judge if role == "policy" else None,
+        )
+
+    def _context_tokens(self) -> int:
+        """Longest sequence of a step; what the engine's key/value cache is sized for."""
+        asked = self._config.data.max_prompt_tokens + self._config.rollout.max_tokens
+        model = context_length(read_config(self._models["policy"], self._config.model.trust_remote_code))
+        return min(asked, model) if model else asked
+
+    def _engine_settings(self) -> EngineSettings:
+        config = self._config
+        return EngineSettings(
+            model=self._models["policy"],
+            dtype=config.model.dtype,
+            device=config.cluster.device,
+            context=self._context_tokens(),
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.rollout.temperature,
+            tensor_parallel=config.rollout.tensor_parallel,
+            threads=config.cluster.rollout.threads,
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            max_sequences=config.rollout.max_sequences,
+            transport=config.weights.transport,
+            eos=self._context.data.tokenizer.eos_token_id,
+            trust_remote_code=config.model.trust_remote_code,
+            deterministic=config.run.deterministic,
+        )
+
+
+def first_ratio(config: Config) -> GapLimits:
+    """How far old and new log-probs may be apart before a step's first update."""
+    return FIRST_RATIO[config.model.dtype] if config.ppo.old_logprobs == "recompute" else _gap(config)
+
+
+def _gap(config: Config) -> GapLimits:
+    limit = config.rollout.max_logprob_gap or MAX_LOGPROB_GAP[config.model.dtype]
+    return GapLimits(largest=limit) if config.model.dtype == "float32" else GapLimits(mean=limit)
+
+
+def _estimate(config: Config) -> EstimateSettings:
+    ppo = config.ppo
+    return EstimateSettings(
+        kl_kind=ppo.kl.kind,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        advantage=ppo.advantage,
+        group_size=ppo.samples_per_prompt,
+        normalize=ppo.score.normalize == "batch",
+        score_clip=ppo.score.clip,
+        truncated=ppo.truncated.treatment,
+        truncated_value=ppo.truncated.value or 0.0,
+        old_from_rollout=ppo.old_logprobs == "rollout",
+        importance_cap=ppo.importance_cap,
+        gap=_gap(config),
+    )
+
+
+def _update(config: Config, clip: float, cutting: Cutting) -> UpdateSettings:
+    ppo = config.ppo
+    return UpdateSettings(
+        clip=clip,
+        cutting=cutting,
+        temperature=config.rollout.temperature,
+        dual_clip=ppo.dual_clip,
+        kl_stop=ppo.kl.stop,
+        old_from_rollout=ppo.old_logprobs == "rollout",
+        importance_cap=ppo.importance_cap,
+        first_ratio=first_ratio(config),
+        ptx_coef=ppo.ptx.coef,
+    )
+
+
+def _learner(context: StageContext, config: Config, role: str) -> LearnerSettings:
+    ppo = config.ppo
+    if role == "policy":
+        return learner_settings(context, role, ppo.adam, ppo.zero_stage, ppo.learning_rate, ppo.ema)
+    return learner_settings(context, role, ppo.adam, ppo.zero_stage, ppo.value_learning_rate)

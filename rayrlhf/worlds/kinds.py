@@ -1,0 +1,306 @@
+"""The kinds of instruction: how each is worded, what answers it rightly, and what almost does.
+
+A `Kind` knows its wording as templates, so a prompt can be written from its arguments and read back from its words.
+Answers are compared as words, without articles and without the "and" of a list.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import ClassVar
+
+from rayrlhf.worlds.words import (
+    ALL_THINGS,
+    MEMBERS,
+    NAMES,
+    OPPOSITE,
+    TRAITS,
+    WITH_TRAIT,
+    a,
+    listing,
+    plural,
+)
+
+__all__ = ["KINDS", "Args", "Kind", "content"]
+
+Args = dict[str, str]
+_SLOTS = {"items": r"[a-z, ]+", "numbers": r"[\d, ]+", "x": r"an? [a-z]+", "y": r"an? [a-z]+"}
+_THINGS = tuple(ALL_THINGS)
+_SAYABLE = (*_THINGS, *OPPOSITE)
+
+
+def content(text: str) -> list[str]:
+    """The words that carry an answer: lower case, no punctuation, no articles, no "and"."""
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word not in ("a", "an", "the", "and")]
+
+
+class Kind(ABC):
+    """One kind of instruction; its arguments are words by slot."""
+
+    name: ClassVar[str]
+    fact: ClassVar[str] = ""
+    """Stated before the instruction."""
+    order: ClassVar[str]
+    question: ClassVar[str]
+    frame: ClassVar[str] = ""
+    """The answer in a sentence; empty where there is none."""
+    one_word: ClassVar[bool] = False
+    """Whether one word can answer."""
+
+    @abstractmethod
+    def draw(self, rng: random.Random) -> Args: ...
+
+    @abstractmethod
+    def combination(self, args: Args) -> tuple[str, ...]:
+        """What is combined: those held out occur in no training prompt, whatever its wording."""
+
+    @abstractmethod
+    def right(self, rng: random.Random, args: Args) -> str:
+        """A short right answer."""
+
+    @abstractmethod
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        """A short answer that is wrong, but of the right sort."""
+
+    def accepts(self, args: Args, words: Sequence[str]) -> bool:
+        """Whether these words (`content` of an answer) are a right short answer; by default there is only one."""
+        return list(words) == content(self.right(random.Random(0), args))
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern[str], ...]:
+        return tuple(_pattern(self.fact + wording) for wording in (self.order, self.question))
+
+    def read(self, text: str) -> Args | None:
+        """The arguments of a prompt without its manner and final mark; None where it is of another kind."""
+        for pattern in self._patterns:
+            if match := pattern.fullmatch(text):
+                return match.groupdict()
+        return None
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    def slot(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"(?P<{name}>{_SLOTS.get(name, '[a-z0-9]+')})"
+
+    # A slot that comes twice must hold the same words twice; no template needs that.
+    return re.compile(re.sub(r"\\{(\w+)\\}", slot, re.escape(template)))
+
+
+class Listing(Kind):
+    """ "name 2 animals": distinct members, in any order."""
+
+    name, order, question = "list", "name {n} {kinds}", "can you name {n} {kinds}"
+    frame = "{answer} are {kinds}"
+
+    def draw(self, rng: random.Random) -> Args:
+        return {"n": str(rng.randint(2, 5)), "kinds": f"{rng.choice(tuple(MEMBERS))}s"}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return args["n"], args["kinds"]
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return listing(rng.sample(MEMBERS[args["kinds"][:-1]], int(args["n"])))
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        members, n = MEMBERS[args["kinds"][:-1]], int(args["n"])
+        if rng.random() < 0.5:
+            return listing(rng.sample(members, n + 1 if n == 2 or (n < 5 and rng.random() < 0.5) else n - 1))
+        strangers = [name for name in _THINGS if name not in members]
+        names = [*rng.sample(members, n - 1), rng.choice(strangers)]
+        rng.shuffle(names)
+        return listing(names)
+
+    def accepts(self, args: Args, words: Sequence[str]) -> bool:
+        return len(words) == int(args["n"]) == len(set(words)) and set(words) <= set(MEMBERS[args["kinds"][:-1]])
+
+
+class Filter(Kind):
+    """ "name one red fruit": any member with the trait."""
+
+    name, order, question = "filter", "name one {trait} {kind}", "which {kind} is {trait}"
+    frame, one_word = "{answer} is {trait}", True
+
+    def draw(self, rng: random.Random) -> Args:
+        thing = ALL_THINGS[rng.choice(_THINGS)]
+        return {"trait": rng.choice(thing.traits), "kind": thing.kind}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return args["trait"], args["kind"]
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return a(rng.choice([name for name in MEMBERS[args["kind"]] if args["trait"] in ALL_THINGS[name].traits]))
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        strangers = [n for n in WITH_TRAIT[args["trait"]] if ALL_THINGS[n].kind != args["kind"]]
+        lacking = [n for n in MEMBERS[args["kind"]] if args["trait"] not in ALL_THINGS[n].traits]
+        return a(rng.choice(lacking if lacking and rng.random() < 0.5 else strangers))
+
+    def accepts(self, args: Args, words: Sequence[str]) -> bool:
+        return len(words) == 1 and words[0] in MEMBERS[args["kind"]] and args["trait"] in ALL_THINGS[words[0]].traits
+
+
+class Opposite(Kind):
+    """ "name the opposite of hot"."""
+
+    name, order, question = "opposite", "name the opposite of {word}", "what is the opposite of {word}"
+    frame, one_word = "the opposite of {word} is {answer}", True
+
+    def draw(self, rng: random.Random) -> Args:
+        return {"word": rng.choice(tuple(OPPOSITE))}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return (args["word"],)
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return OPPOSITE[args["word"]]
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        return rng.choice([word for word in OPPOSITE if word != OPPOSITE[args["word"]]])
+
+
+class Compare(Kind):
+    """ "which is red, a cat or a drum": exactly one of the two has the trait."""
+
+    name, order, question = "compare", "say which is {trait}, {x} or {y}", "which is {trait}, {x} or {y}"
+    frame, one_word = "{answer} is {trait}", True
+
+    def draw(self, rng: random.Random) -> Args:
+        trait = rng.choice(TRAITS)
+        pair = [rng.choice(WITH_TRAIT[trait]), rng.choice([n for n in _THINGS if n not in WITH_TRAIT[trait]])]
+        rng.shuffle(pair)
+        return {"trait": trait, "x": a(pair[0]), "y": a(pair[1])}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return tuple(sorted((args["x"], args["y"])))
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return next(args[slot] for slot in "xy" if args["trait"] in ALL_THINGS[args[slot].split()[1]].traits)
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        return args["y"] if self.right(rng, args) == args["x"] else args["x"]
+
+
+class Repeat(Kind):
+    """ "say drum 3 times"."""
+
+    name, order, question = "repeat", "say {word} {n} times", "can you say {word} {n} times"
+
+    def draw(self, rng: random.Random) -> Args:
+        return {"word": rng.choice(_SAYABLE), "n": str(rng.randint(2, 5))}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return args["word"], args["n"]
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return " ".join([self.said(args)] * int(args["n"]))
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        if rng.random() < 0.25:
+            return " ".join([rng.choice([w for w in _SAYABLE if w != self.said(args)])] * int(args["n"]))
+        return " ".join([self.said(args)] * (int(args["n"]) + rng.choice((-1, 1))))
+
+    def said(self, args: Args) -> str:
+        return args["word"]
+
+
+class Echo(Repeat):
+    """ "say the opposite of hot 3 times"."""
+
+    name = "echo"
+    order, question = "say the opposite of {word} {n} times", "can you say the opposite of {word} {n} times"
+
+    def draw(self, rng: random.Random) -> Args:
+        return {"word": rng.choice(tuple(OPPOSITE)), "n": str(rng.randint(2, 5))}
+
+    def said(self, args: Args) -> str:
+        return OPPOSITE[args["word"]]
+
+
+class Sort(Kind):
+    """ "sort 7, 2, 9": upwards."""
+
+    name, order, question = "sort", "sort {numbers}", "what is the order of {numbers}"
+    frame = "the order is {answer}"
+
+    def draw(self, rng: random.Random) -> Args:
+        return {"numbers": ", ".join(map(str, rng.sample(range(1, 13), 3)))}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return tuple(sorted(args["numbers"].split(", "), key=int))
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return ", ".join(sorted(args["numbers"].split(", "), key=int))
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        right, numbers = self.right(rng, args), args["numbers"].split(", ")
+        while (given := ", ".join(numbers)) == right:
+            rng.shuffle(numbers)
+        return given
+
+
+class Count(Kind):
+    """ "count the animals in cat, drum, dog"."""
+
+    name, order, question = "count", "count the {kinds} in {items}", "how many {kinds} are in {items}"
+    frame = "there are {answer}"
+
+    def draw(self, rng: random.Random) -> Args:
+        kind, n = rng.choice(tuple(MEMBERS)), rng.randint(1, 3)
+        others = [name for name in _THINGS if ALL_THINGS[name].kind != kind]
+        items = [*rng.sample(MEMBERS[kind], n), *rng.sample(others, 3 - n)]
+        rng.shuffle(items)
+        return {"kinds": f"{kind}s", "items": ", ".join(items)}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return args["kinds"], *sorted(args["items"].split(", "))
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return self._answer(args, self._count(args))
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        return self._answer(args, rng.choice([n for n in range(1, 4) if n != self._count(args)]))
+
+    def _count(self, args: Args) -> int:
+        return sum(ALL_THINGS[item].kind == args["kinds"][:-1] for item in args["items"].split(", "))
+
+    def _answer(self, args: Args, count: int) -> str:
+        return f"{count} {plural(args['kinds'][:-1], count)}"
+
+
+class Fact(Kind):
+    """ "anna has a drum and ben has a kite. what does ben have?"."""
+
+    name, fact = "fact", "{first} has {x} and {second} has {y}. "
+    order, question = "say what {who} has", "what does {who} have"
+    frame, one_word = "{who} has {answer}", True
+
+    def draw(self, rng: random.Random) -> Args:
+        (first, second), things = rng.sample(NAMES, 2), rng.sample(_THINGS, 2)
+        who = rng.choice((first, second))
+        return {"first": first, "second": second, "x": a(things[0]), "y": a(things[1]), "who": who}
+
+    def combination(self, args: Args) -> tuple[str, ...]:
+        return args["who"], self._pair(args)[0]
+
+    def right(self, rng: random.Random, args: Args) -> str:
+        return self._pair(args)[0]
+
+    def wrong(self, rng: random.Random, args: Args) -> str:
+        if rng.random() < 0.75:
+            return self._pair(args)[1]
+        return a(rng.choice([name for name in _THINGS if a(name) not in self._pair(args)]))
+
+    def _pair(self, args: Args) -> tuple[str, str]:
+        """What the one asked for has, and what the other has."""
+        return (args["x"], args["y"]) if args["who"] == args["first"] else (args["y"], args["x"])
+
+
+_ALL: tuple[Kind, ...] = (
+    *(Listing(), Filter(), Opposite(), Compare(), Repeat(), Echo(), Sort(), Count(), Fact()),
+)
+KINDS = {kind.name: kind for kind in _ALL}
