@@ -177,12 +177,13 @@ class Config(Section):
 
 def check_context(config: Config, context: int, name: str) -> None:
     """Raise ValueError if any stage's longest sequence is over `context` tokens; `name` says whose limit it is."""
-    responses = {}
-    mixes_text = "sft" in config.stages() and config.sft.pretrain_mix.coef > 0
-    # The blocks of text for a named model are as long as its longest sequences.
-    if "ppo" in config.stages() or (mixes_text and config.model.path):
+    stages, responses = config.stages(), {}
+    mixes_text = ("sft" in stages and config.sft.pretrain_mix.coef > 0) or ("ppo" in stages and config.ppo.ptx.coef > 0)
+    # The blocks of text for a named model are as long as its longest sequences, be sft or ppo run or not.
+    has_blocks = mixes_text and config.model.path is not None
+    if "ppo" in stages or has_blocks:
         responses["rollout.max_tokens"] = config.rollout.max_tokens
-    if "sft" in config.stages() or ("reward" in config.stages() and config.data.demonstrations):
+    if "sft" in stages or ("reward" in stages and config.data.demonstrations) or has_blocks:
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens
     if "reward" in config.stages():
         responses["reward.max_response_tokens"] = config.reward.max_response_tokens

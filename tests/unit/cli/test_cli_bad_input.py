@@ -543,6 +543,21 @@ def test_blocks_of_text_that_are_over_the_models_context_are_refused(run_world: 
     assert run_world(*given, "--dry-run", command="sft").code == 0
 
 
+def test_blocks_of_text_for_ppo_ptx_that_are_over_the_models_context_are_refused(run_world: Run, models: Path) -> None:
+    """They are as long as sft's sequences even where sft is not run; a model with learned positions has no more."""
+    given = [
+        f"model={{path: {models / 'policy'}}}",
+        f"sft.path={models / 'policy'}",
+        f"reward.path={models / 'reward'}",
+    ]
+    given += ["rollout.max_tokens=16", "sft.max_response_tokens=33"]
+    assert_refused(
+        run_world(*given, "ppo.ptx.coef=1.0", command="ppo"),
+        "data.max_prompt_tokens 96 + sft.max_response_tokens 33 is over the context of model.path 128",
+    )
+    assert run_world(*given, "--dry-run", command="ppo").code == 0
+
+
 # ---- GPUs and CPUs: found once Ray has said what there is
 
 
