@@ -241,9 +241,17 @@ class _Update:
         return reduced
 
     def means(self) -> dict[str, float]:
-        """Over the minibatches so far."""
-        common = [*self.names, "grad_norm"]
-        return {name: sum(step[name] for step in self.history) / len(self.history) for name in common}
+        """Over the minibatches so far; of what is a mean over trained tokens, over those that had any (NaN: none had).
+
+        A minibatch whose responses are all masked out has no ratio, and must not count as one of ratio 0.
+        """
+
+        def mean(name: str, steps: Sequence[dict[str, float]]) -> float:
+            return sum(step[name] for step in steps) / len(steps) if steps else math.nan
+
+        trained = [step for step in self.history if step["tokens"]]
+        by_step = {name: mean(name, self.history) for name in ("grad_norm", "ptx_loss") if name in self.history[0]}
+        return {name: mean(name, trained) for name in self.names} | by_step
 
     def _totals(self, mine: Sequence[Experience], blocks: Sequence[LMExample]) -> _Totals:
         trained = [e.rollout.info.response_tokens for e in mine if e.trained]

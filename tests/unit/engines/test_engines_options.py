@@ -127,9 +127,25 @@ def fields(e: Experience) -> dict:
 
 def test_a_minibatch_of_masked_responses_has_loss_0():
     e = Experience(**{**fields(experiences()[0]), "trained": False})
-    metrics = update_policy(PlainEngine(tiny_policy()), [e], [[0]], e, UpdateSettings(0.2, Cutting(99)), 0.1)
-    assert metrics["policy/loss"] == 0.0
+    engine = PlainEngine(tiny_policy())
+    metrics = update_policy(engine, [e], [[0]], e, UpdateSettings(0.2, Cutting(99)), 0.1)
+    assert engine.losses == [0.0]
     assert metrics["policy/grad_norm"] == 0.0
+    assert math.isnan(metrics["policy/loss"]), "nothing to report a mean of"
+    assert math.isnan(metrics["policy/ratio_mean"])
+
+
+@pytest.mark.parametrize("update", [update_policy, update_value])
+def test_a_minibatch_of_masked_responses_is_in_no_mean_over_minibatches(update):
+    """It would count as one of ratio 0 and loss 0, and halve what is reported of the others."""
+    seen = Experience(**{**fields(one([-1.0, -1.0], [1.0, 2.0])), "returns": np.ones(2, np.float32)})
+    seen = Experience(**{**fields(seen), "old_values": np.zeros(2, np.float32)})
+    masked = Experience(**{**fields(seen), "trained": False})
+    given = UpdateSettings(0.2, Cutting(99))
+    alone = update(PlainEngine(Told([-1.0, -1.0])), [seen], [[0]], seen, given, 0.1)
+    beside = update(PlainEngine(Told([-1.0, -1.0])), [seen, masked], [[0], [1]], seen, given, 0.1)
+    means = [name for name in alone if not name.endswith(("grad_norm", "minibatches"))]
+    assert [beside[name] for name in means] == [alone[name] for name in means]
 
 
 # ---- advantages --------------------------------------------------------------------------------------------
