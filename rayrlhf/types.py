@@ -184,3 +184,4 @@ class StepReport:
     kl: float
     """nats per response: the sum over a response, averaged over responses"""
     num_samples: int
+    """responses that the KL is over; 0 while the critic alone learns"""

@@ -122,7 +122,9 @@ class LearnerRoles:
         for learned in await asyncio.gather(*calls):
             metrics |= learned
         metrics["policy/learning_rate"] = policy_rate
-        return StepReport(metrics, experience.metrics["kl/mean"], len(experience.infos))
+        # An adaptive KL coefficient has nothing to steer before the policy learns: 0 samples leave it where it is.
+        steered = len(experience.infos) if step >= plan.value_warmup_steps else 0
+        return StepReport(metrics, experience.metrics["kl/mean"], steered)
 
     async def _learn(
         self,

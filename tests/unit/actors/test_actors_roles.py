@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan, _deal, memory_per_role
+from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.driver.pacing import TextStream
 from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
 from rayrlhf.errors import TrainingError
@@ -243,6 +244,18 @@ def test_while_the_critic_warms_up_it_learns_alone_and_draws_no_text():
     asyncio.run(learners.update(experience(), 2))
     assert len(policy.calls) == 1
     assert stream.drawn > 0
+
+
+def test_an_adaptive_kl_coefficient_stays_while_the_policy_does_not_learn():
+    """Nothing it does can move a KL of 0 then: it would shrink with every step of the warm-up, to no end."""
+    policy, value = Group("policy", 1), Group("value", 1)
+    learners, kl = LearnerRoles(policy, value, plan(value_warmup_steps=2)), AdaptiveKL(0.2, target=6.0, horizon=100)
+    coefs = []
+    for step in range(3):
+        report = asyncio.run(learners.update(experience(), step))
+        kl.update(report.kl, report.num_samples)
+        coefs.append(kl.coef)
+    assert coefs == [0.2, 0.2, pytest.approx(0.2 * (1 - 0.2 * 10 / 100))]
 
 
 def test_each_minibatch_gets_blocks_for_its_episodes_shared_out_over_the_ranks():
