@@ -116,6 +116,12 @@ def _check_advantage(config: Config) -> None:
             f"ppo.value_warmup_steps is {ppo.value_warmup_steps}, but ppo.advantage {ppo.advantage} has no value model",
             "set it to 0",
         )
+    if ppo.gamma != 1.0:
+        raise ConfigError(
+            f"ppo.gamma is {ppo.gamma:g}, but ppo.advantage {ppo.advantage} compares whole responses and discounts "
+            "nothing",
+            "set it to 1.0",
+        )
 
 
 def _check_model(config: Config, key: str, path: str) -> None:

@@ -270,6 +270,10 @@ def test_an_unknown_transport_is_refused(run_world: Run) -> None:
             ["ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "ppo.value_warmup_steps=1"],
             ["ppo.value_warmup_steps is 1", "no value model", "set it to 0"],
         ),
+        (
+            ["ppo.advantage=group_relative", "ppo.samples_per_prompt=4", "ppo.gamma=0.9"],
+            ["ppo.gamma is 0.9", "ppo.advantage group_relative", "set it to 1.0"],
+        ),
     ],
 )
 def test_an_estimator_that_cannot_work_is_refused(run_world: Run, overrides: list[str], words: list[str]) -> None:
