@@ -109,15 +109,17 @@ def update_policy(
 
 def _policy_metrics(update: _Update, settings: UpdateSettings, text: TextShare | None) -> dict[str, float]:
     means, first = update.means(), update.history[0]
+    # Nobody has looked where all responses of the first minibatch are masked: a gap of 0 would be made up.
+    largest, mean = (first[key] if first["tokens"] else math.nan for key in ("max_abs_log_ratio", "abs_log_ratio"))
     metrics = {f"policy/{name}": means[name] for name in ("loss", "grad_norm", "clip_fraction", "ratio_mean")}
     metrics |= {
         "policy/approx_kl_per_token": means["approx_kl"],
-        "policy/first_log_ratio_max": first["max_abs_log_ratio"],
+        "policy/first_log_ratio_max": largest,
         "policy/minibatches": float(len(update.history)),
     }
     if settings.old_from_rollout:
-        metrics["rollout/logprob_gap"] = first["abs_log_ratio"]
-        metrics["rollout/logprob_gap_max"] = first["max_abs_log_ratio"]
+        metrics["rollout/logprob_gap"] = mean
+        metrics["rollout/logprob_gap_max"] = largest
     if text is not None:
         metrics["ptx/loss"] = means["ptx_loss"]
     if text is not None and text.measure:

@@ -254,6 +254,16 @@ def test_the_first_minibatch_shows_the_gap_when_the_engines_logprobs_are_the_old
         update_policy(PlainEngine(Told([-1.5, -1.0])), [e], [[0]], e, given, 0.1)
 
 
+def test_a_first_minibatch_of_masked_responses_reports_no_gap_rather_than_one_of_0():
+    seen = one([-1.0, -1.0], [1.0, 2.0])
+    masked = Experience(**{**fields(seen), "trained": False})
+    given = UpdateSettings(0.2, Cutting(99), old_from_rollout=True, first_ratio=GapLimits(largest=0.3))
+    metrics = update_policy(PlainEngine(Told([-1.5, -1.0])), [masked, seen], [[0], [1]], seen, given, 0.1)
+    for name in ("rollout/logprob_gap", "rollout/logprob_gap_max", "policy/first_log_ratio_max"):
+        assert math.isnan(metrics[name])
+    assert metrics["policy/ratio_mean"] == pytest.approx((math.exp(-0.5) + 1) / 2)
+
+
 # ---- clipping and stopping ---------------------------------------------------------------------------------
 
 
