@@ -218,13 +218,14 @@ def _check_finite(batch: _Batch) -> None:
 def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor, settings: EstimateSettings) -> dict[str, float]:
     responses, tokens = float(len(batch.rollouts)), float(batch.mask_BR.sum())
     scores, mask_BR, device = batch.scores_B.double(), batch.mask_BR, batch.scores_B.device
+    rewarded_B = batch.trained_BR.any(1)  # a masked response's score enters no reward
     kl = float(kl_BR[mask_BR].double().sum())
     sums = {
         # E[-log pi] under pi is the entropy: the sampled tokens estimate it without a pass over the vocabulary.
         "policy/entropy": (-float(batch.logprobs_BR[mask_BR].double().sum()), tokens),
         "reward/mean": (float(scores.sum()), responses),
         "reward/square": (float(scores.square().sum()), responses),
-        "reward/shaped_mean": (float(shaped_B.double().sum()), responses),
+        "reward/shaped_mean": (float(shaped_B[rewarded_B].double().sum()), float(rewarded_B.sum())),
         "kl/mean": (kl, responses),
         "kl/per_token": (kl, tokens),
         "response/length_mean": (tokens, responses),

@@ -103,6 +103,7 @@ def test_a_masked_response_trains_nothing_and_is_in_no_statistic_of_the_others()
     for e, other in zip([got[0], got[1], got[3]], alone, strict=True):
         np.testing.assert_allclose(e.advantages, other.advantages, atol=1e-6)
     assert metrics["reward/mean"] == 1.25  # still reported
+    assert metrics["reward/shaped_mean"] == 2.0, "of 3, 1 and 2: the score of the masked one enters no reward"
     assert metrics["response/truncated_fraction"] == 0.25
 
 
