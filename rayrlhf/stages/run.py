@@ -172,14 +172,17 @@ class _Run:
         else:
             self.console.print(f"{stage:<9} done before with the same inputs ({artifact.folder.name})", highlight=False)
             self._replay(context, artifact)
+        place = artifact.model
         if stage in POLICIES:
+            place = str(self.folder / POLICIES[stage])
             # Copies, not links: whoever edits the run's model must not change the artifact that other runs reuse.
             for model in artifact.folder.glob("model*"):
                 target = self.folder / model.name.replace("model", POLICIES[stage], 1)
                 shutil.copytree(model, target, dirs_exist_ok=True)
         for name in LEFT.get(stage, ()):
             shutil.copy2(artifact.folder / name, self.folder / name)
-        return {**artifact.result, "cached": cached, "key": key, "parents": parents}
+        where = {"model": place} if Path(place).is_dir() else {}
+        return {**artifact.result, "cached": cached, "key": key, "parents": parents, **where}
 
     def _replay(self, context: StageContext, artifact: Artifact) -> None:
         if (artifact.folder / "metrics.jsonl").exists():

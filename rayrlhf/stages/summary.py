@@ -44,7 +44,7 @@ def show_placement(console: Console, config: Config, todo: Sequence[str]) -> Non
 
 
 def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> None:
-    """One row a stage, held-out pairs per source, and where everything is."""
+    """One row a stage, held-out pairs per source, and where each model and everything else is."""
     table = Table(title=f"run {summary['name']}", title_justify="left")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
@@ -61,9 +61,12 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
             console.print(_accuracy_table(name, accuracy))
             if len(sizes := _ranking_sizes(accuracy)) > 1:
                 console.print(_accuracy_by_k_table(name, accuracy, sizes))
-    if "reward_mean" in summary["evaluation"]:
+    if "reward_mean" in summary.get("evaluation", {}):
         console.print(_arms_table(summary["evaluation"]))
-    console.print(f"everything is in {folder}", highlight=False, soft_wrap=True)
+    for stage, result in summary["stages"].items():
+        if "model" in result:
+            console.print(f"{stage:<9} model: {result['model']}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"records, samples and logs are in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 # measure -> its heading; a missing one has no column

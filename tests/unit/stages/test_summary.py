@@ -28,6 +28,7 @@ def shown(**rows: dict[str, Any]) -> list[list[str]]:
     """The words of each line that has any, of a summary whose rows have been through JSON, as in a run."""
     accuracy = json.loads(to_json(rows))
     stage = {"memory_gib": {"memory/train_gib": 1.25}, "cached": True, "train_loss": 0.5, "accuracy": accuracy}
+    stage["model"] = "runs/artifacts/reward-1/model"
     written = StringIO()
     show_summary(Console(file=written, width=160), {"name": "mine", "stages": {"reward": stage}}, Path("runs/mine"))
     text = written.getvalue()
@@ -62,8 +63,12 @@ def test_pairs_alone_need_no_table_by_their_number() -> None:
 
 def test_each_stage_says_how_much_memory_its_processes_took() -> None:
     written = StringIO()
-    ppo = {"cached": True, "memory_gib": {"memory/policy_gib": 2.056, "memory/driver_gib": 0.5}}
+    ppo = {"cached": True, "memory_gib": {"memory/policy_gib": 2.056, "memory/driver_gib": 0.5}, "model": "m"}
     numbers = {"reward/mean": 0.0, "kl/mean": 0.0, "response/length_mean": 1.0}
     summary = {"name": "mine", "stages": {"ppo": ppo | {"first": numbers, "last": numbers}}}
     show_summary(Console(file=written, width=100), summary, Path("runs/mine"))
     assert "ppo       GiB of memory: policy 2.06, driver 0.50\n" in written.getvalue()
+
+
+def test_each_stage_says_where_its_model_is() -> None:
+    assert ["reward    model: runs/artifacts/reward-1/model"] in shown(people=ROW)
