@@ -66,7 +66,8 @@ def check_sources(sources: Mapping[str, Sequence[str]], root: Path | None) -> No
             except DataError as error:
                 problems.append(f"{key}: {error.message}" + (f" ({error.hint})" if error.hint else ""))
     if problems:
-        raise DataError("\n".join(problems), "relative file names start from data.root, or from the current directory")
+        hint = "relative file names start from data.root, else the environment's RAYRLHF_HUMAN_DATA, else from here"
+        raise DataError("\n".join(problems), hint)
 
 
 def fingerprint_sources(sources: Sequence[str], root: Path | None) -> dict[str, str]:
@@ -158,8 +159,10 @@ def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist"
     names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_file())
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
-    return f"did you mean {near[0]}?" if near else f"the folder {path.parent} holds no files"
+    if not names:
+        return f"the folder {path.parent} holds no files"
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else "no file there has a name like it"
 
 
 # ---------------------------------------------------------------------------------------------------- JSON, text

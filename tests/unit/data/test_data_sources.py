@@ -281,6 +281,13 @@ def test_every_missing_file_is_named_with_its_key_and_the_nearest_name(tmp_path)
         f"data.text: no such file: {tmp_path}/away/a.txt (the folder {tmp_path}/away does not exist)",
     ]
     assert "data.root" in caught.value.hint
+    assert "RAYRLHF_HUMAN_DATA" in caught.value.hint
+
+
+def test_only_a_name_that_is_alike_is_suggested(tmp_path):
+    write(tmp_path / "Makefile", "")
+    with pytest.raises(DataError, match=r"prompts\.jsonl\.gz \(no file there has a name like it\)"):
+        check_sources({"data.prompts": ["prompts.jsonl.gz"]}, tmp_path)
 
 
 def test_a_missing_file_in_an_empty_folder_says_so(tmp_path):
