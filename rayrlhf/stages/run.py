@@ -20,6 +20,7 @@ from rich.console import Console
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
+from rayrlhf.errors import RayRLHFError
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
@@ -148,6 +149,9 @@ class _Run:
             for stage in self.config.stages():
                 summary["stages"][stage] = self._stage(context, stage)
             summary["status"] = "done"
+        except RayRLHFError as error:
+            summary["status"], summary["error"] = "failed", f"{type(error).__name__}: {error}"
+            raise
         finally:
             summary["evaluation"] = _evaluation(summary["stages"])
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
