@@ -54,6 +54,8 @@ def _yaml() -> YAML:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, not a config file", "name a YAML file in it")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         raise ConfigError(f"{path}: no such config file", f"did you mean {path.parent / near[0]}?" if near else "")
@@ -120,7 +122,10 @@ def _explain_one(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if loc else message
-    return f"{dotted}: found {item['input']!r}; {item['msg'][:1].lower()}{item['msg'][1:]}"
+    found = "null" if item["input"] is None else repr(item["input"])
+    if item["type"] == "model_type":  # a value where a section is
+        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc))} in it"
+    return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
 def _fields_at(loc: Sequence[str]) -> list[str]:

@@ -57,7 +57,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if self.path and self.from_scratch:
-            raise ValueError("path and from_scratch contradict each other: keep one")
+            raise ValueError("path and from_scratch contradict each other: keep one, and set the other to null")
         if not self.path and not self.from_scratch:
             raise ValueError("name a model with path, or describe one with from_scratch")
         return self

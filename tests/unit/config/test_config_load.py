@@ -179,6 +179,7 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("ppo.steps=true", "ppo.steps: found True; input should be a valid integer"),
         ("ppo.steps='8'", "ppo.steps: found '8'; input should be a valid integer"),
         ("ppo.steps=8.0", "ppo.steps: found 8.0; input should be a valid integer"),
+        ("ppo.steps=null", "ppo.steps: found null; input should be a valid integer"),
         ("ppo.steps=0", "ppo.steps: found 0; input should be greater than or equal to 1"),
         ("ppo.steps=many", "ppo.steps: found 'many'; input should be a valid integer"),
         ("ppo.clip=true", "ppo.clip: found True; input should be a valid number"),
@@ -197,7 +198,7 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("ppo.adam.betas=[0.9, 2]", "ppo.adam.betas.1: found 2; input should be less than or equal to 1"),
         ("sft.dropout=1", "sft.dropout: found 1; input should be less than 1"),
         ("sft.dropout=.nan", "sft.dropout: found nan; input should be "),
-        ("sft.pretrain_mix=0.1", "sft.pretrain_mix: found 0.1; input should be a valid dictionary"),
+        ("sft.pretrain_mix=0.1", "sft.pretrain_mix: found 0.1; it is a section: set one of coef, "),
         ("sft.pretrain_mix.coef=-1", "sft.pretrain_mix.coef: found -1; input should be greater than or equal to 0"),
         (
             "sft.pretrain_mix.examples_per_demonstration=0",
@@ -221,8 +222,8 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("tracking.samples_per_step=65", "tracking.samples_per_step: found 65; input should be less than or equal to"),
         ("tracking.wandb=false", "tracking.wandb: found False; input should be 'off', 'offline' or 'online'"),
         ("world.name=moon", "world.name: found 'moon'; input should be 'starter'"),
-        ("ppo.kl=3", "ppo.kl: found 3; input should be a valid dictionary"),
-        ("ppo=[1]", "ppo: found [1]; input should be a valid dictionary"),
+        ("ppo.kl=3", "ppo.kl: found 3; it is a section: set one of coef, horizon, "),
+        ("ppo=[1]", "ppo: found [1]; it is a section: set one of adam, "),
     ],
 )
 def test_a_wrong_type_or_range_names_the_key_what_was_found_and_what_was_expected(
@@ -250,7 +251,7 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
     [
         *((["cluster." + r + ".gpus=1"], f"{r}.gpus is 1 but cluster.device is cpu") for r in ROLES),
         *((["cluster.device=cuda", f"cluster.{r}.gpus=0"], f"{r}.gpus is 0 but cluster.device is cuda") for r in ROLES),
-        (["model.path=org/name"], "model: path and from_scratch contradict each other: keep one"),
+        (["model.path=org/name"], "path and from_scratch contradict each other: keep one, and set the other to null"),
         (
             ["ppo.truncated.treatment=penalty"],
             "ppo.truncated: value is missing with treatment penalty: penalty and replace need it",
@@ -462,7 +463,7 @@ def test_a_missing_config_file_suggests_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "human.yaml").touch()
     missing = tmp_path / "dmo.yaml"
     assert refusal(missing) == f"{missing}: no such config file\n  hint: did you mean {tmp_path / 'demo.yaml'}?"
-    assert refusal(tmp_path) == f"{tmp_path}: no such config file"
+    assert refusal(tmp_path) == f"{tmp_path}: a folder, not a config file\n  hint: name a YAML file in it"
     elsewhere = tmp_path / "nowhere" / "demo.yaml"
     assert refusal(elsewhere) == f"{elsewhere}: no such config file"
 
