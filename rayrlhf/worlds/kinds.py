@@ -300,7 +300,5 @@ class Fact(Kind):
         return (args["x"], args["y"]) if args["who"] == args["first"] else (args["y"], args["x"])
 
 
-_ALL: tuple[Kind, ...] = (
-    *(Listing(), Filter(), Opposite(), Compare(), Repeat(), Echo(), Sort(), Count(), Fact()),
-)
+_ALL: tuple[Kind, ...] = (*(Listing(), Filter(), Opposite(), Compare(), Repeat(), Echo(), Sort(), Count(), Fact()),)
 KINDS = {kind.name: kind for kind in _ALL}

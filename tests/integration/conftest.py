@@ -74,7 +74,7 @@ def shared_memory() -> set[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The whole chain on the starter world: one policy rank, one engine, 50 PPO steps."""
     output = tmp_path_factory.mktemp("runs")
-    arguments = ["configs/demo.yaml", "run.name=tiny", f"run.output={output}", *TINY]
+    arguments = ["configs/tiny.yaml", "run.name=tiny", f"run.output={output}", *TINY]
     before = shared_memory()
     done = rayrlhf("run", *arguments, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

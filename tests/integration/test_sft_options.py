@@ -41,7 +41,7 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_sft(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> FinishedRun:
     """`rayrlhf sft` on the noise, from the pretrained model of the finished run; text as there."""
     arguments = [
-        "configs/demo.yaml",
+        "configs/tiny.yaml",
         f"run.name={name}",
         f"run.output={finished.output}",
         f"model={{path: {finished.artifact('pretrain') / 'model'}}}",

@@ -28,7 +28,7 @@ def test_models_given_by_relative_path_run_sharded_and_tensor_parallel_and_agree
         shutil.copytree(finished.artifact(stage) / "model", tmp_path / stage)
     relative = {stage: os.path.relpath(tmp_path / stage, ROOT) for stage in ("sft", "reward")}
     arguments = [
-        "configs/demo.yaml",
+        "configs/tiny.yaml",
         f"run.output={tmp_path / 'runs'}",
         f"model={{path: {relative['sft']}}}",
         f"sft.path={relative['sft']}",
