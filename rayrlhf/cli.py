@@ -27,6 +27,11 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print config and placement, start nothing.")]
+Runs = Annotated[list[Path], typer.Argument(help="folders of runs, such as runs/demo", metavar="RUN [RUN]...")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Instead of RUN/report.html, or comparison.html for several runs."),
+]
 VerifyStep = Annotated[
     int | None,
     typer.Option(
@@ -79,6 +84,14 @@ def ppo(
 ) -> None:
     """PPO of the SFT model against the reward model."""
     _run_one("ppo", config, overrides, dry_run, verify_step)
+
+
+@app.command()
+def report(runs: Runs, output: Output = None) -> None:
+    """One HTML file that shows what a run did, or several runs beside each other. It needs no server and no network."""
+    from rayrlhf.evaluation.report import write_report
+
+    Console().print(f"the report is in {write_report(runs, output)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
