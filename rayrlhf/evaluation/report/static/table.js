@@ -104,7 +104,8 @@ function whenChanged(controls, apply) {
   for (const control of controls) {
     control.addEventListener("input", () => {
       clearTimeout(timer);
-      timer = setTimeout(apply, control.type === "search" ? 120 : 0);
+      if (control.type === "search") timer = setTimeout(apply, 120);
+      else apply();
     });
   }
 }
