@@ -21,6 +21,7 @@ from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
 from rayrlhf.errors import RayRLHFError
+from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
@@ -156,6 +157,7 @@ class _Run:
             summary["evaluation"] = _evaluation(summary["stages"])
             (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
             context.close()
+            self._report()
         show_summary(self.console, summary, self.folder)
         return self.folder
 
@@ -187,6 +189,15 @@ class _Run:
             shutil.copy2(artifact.folder / name, self.folder / name)
         where = {"model": place} if Path(place).is_dir() else {}
         return {**artifact.result, "cached": cached, "key": key, "parents": parents, **where}
+
+    def _report(self) -> None:
+        """The page of the run, of a stopped one too. It comes last and can be made again: nothing may fail for it."""
+        try:
+            path = write_report([self.folder])
+        except Exception as problem:
+            self.console.print(f"the report could not be written: {problem}", markup=False, highlight=False)
+        else:
+            self.console.print(f"the report is in {path}", markup=False, highlight=False, soft_wrap=True)
 
     def _replay(self, context: StageContext, artifact: Artifact) -> None:
         if (artifact.folder / "metrics.jsonl").exists():
