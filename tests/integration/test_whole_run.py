@@ -21,7 +21,16 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 def test_all_stages_run_and_leave_what_the_design_promises(finished: FinishedRun) -> None:
     names = {p.name for p in finished.folder.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "trace.json", "summary.json", "logs", "model"} <= names
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "trace.json",
+        "summary.json",
+        "report.html",
+        "logs",
+        "model",
+    } <= names
     assert list(finished.summary["stages"]) == ["pretrain", "sft", "reward", "ppo"]
     assert (
         finished.summary["stages"]["pretrain"]["heldout_loss"]

@@ -126,7 +126,7 @@ def _read_training(arm: str, columns: Columns) -> str:
     word = "rises" if after > before else "falls"
     steps = len(columns["step"])
     text = f"Over {steps} {'step' if steps == 1 else 'steps'} of {label(arm)} the mean reward {word} "
-    text += f"from {before:.2f} to {after:.2f}"
+    text += f"from {before:.2f} to {after:.2f}".replace("-", "\N{MINUS SIGN}")
     if "kl_per_response" in ends:
         text += f", {ends['kl_per_response']['value']:.1f} nats per response away from SFT"
     return f"{text}."

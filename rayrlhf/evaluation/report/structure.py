@@ -87,19 +87,26 @@ def _run(run: RunFolder, name: str) -> Json:
 
 def _stage(name: str, result: Any) -> Json:
     result = _mapping(result)
-    memory = {
-        key.removeprefix("memory/").removesuffix("_gib"): rounded(finite(value), 3)
-        for key, value in _mapping(result.get("memory_gib")).items()
-    }
     return {
         "name": name,
         "key": str(result.get("key") or ""),
         "parents": {str(k): str(v) for k, v in _mapping(result.get("parents")).items()},
         "seconds": finite(result.get("seconds")),
         "cached": result.get("cached") is True,
-        "memory": memory,
+        "memory": _memory([result, *_mapping(result.get("arms")).values()]),
         "facts": _facts(name, result),
     }
+
+
+def _memory(results: Sequence[Any]) -> Json:
+    """role -> GiB of its largest rank, over the stage and its arms; the largest role first."""
+    most: dict[str, float] = {}
+    for result in results:
+        for key, value in _mapping(_mapping(result).get("memory_gib")).items():
+            role, gib = key.removeprefix("memory/").removesuffix("_gib"), finite(value)
+            if gib is not None:
+                most[role] = max(gib, most.get(role, 0.0))
+    return {role: rounded(gib, 3) for role, gib in sorted(most.items(), key=lambda item: -item[1])}
 
 
 def _facts(stage: str, result: Mapping[str, Any]) -> list[str]:
@@ -115,13 +122,21 @@ def _facts(stage: str, result: Mapping[str, Any]) -> list[str]:
         facts.append(f"{parameters / 1e6:.1f}M parameters")
     pairs = {source: finite(_mapping(row).get("accuracy")) for source, row in _mapping(result.get("accuracy")).items()}
     facts += [f"accuracy {value:.2f} on {source or 'held-out'}" for source, value in pairs.items() if value is not None]
-    steps = finite(result.get("steps"))
-    if stage == "ppo" and steps:
-        facts.append(f"{steps:.0f} steps")
-    inner = _mapping(result.get("arms"))
-    if inner:
-        facts.append(", ".join(arms_of.label(arm) for arm in inner))
+    if arms := _mapping(result.get("arms")):
+        return facts + [_spent(arms_of.label(arm), _mapping(numbers)) for arm, numbers in arms.items()]
+    if stage == "ppo" and finite(result.get("steps")):
+        facts.append(_spent("", result))
     return facts
+
+
+def _spent(name: str, numbers: Mapping[str, Any]) -> str:
+    """ "PPO: 60 steps, 120 s"."""
+    steps, seconds = finite(numbers.get("steps")), finite(numbers.get("seconds"))
+    words = [
+        f"{steps:.0f} steps" if steps is not None else "",
+        f"{seconds:.0f} s" if name and seconds is not None else "",
+    ]
+    return ": ".join(filter(None, (name, ", ".join(filter(None, words)))))
 
 
 def _flags(evaluation: Mapping[str, Any]) -> Json:
@@ -205,7 +220,7 @@ def _missing(
     if not trained:
         missing["training"] = "metrics.jsonl has no step of PPO: the run did not reach it, or was not asked to."
     if not any(arms_of.arm_numbers(evaluation, arm) for arm in arms_of.arm_names(evaluation, (), ())):
-        missing["evaluation"] = "The run has no evaluation on held-out prompts; numbers are from training."
+        missing["evaluation"] = "There is no evaluation on held-out prompts, and no number of any arm from training."
     if not any("reward/gold" in columns for columns in trained.values()):
         missing["gold"] = "There is no gold score: the run's data are not of a world with a judge."
     if table is None:

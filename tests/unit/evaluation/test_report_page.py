@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from rayrlhf import cli
 from rayrlhf.errors import ConfigError
+from rayrlhf.evaluation.report import page as page_module
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.evaluation.report.folder import read_folder
 from rayrlhf.evaluation.report.structure import structure
@@ -34,6 +36,8 @@ def test_the_report_of_a_run_is_one_file_in_its_folder(tmp_path: Path) -> None:
     assert not list(path.parent.glob(".report*"))
     [run] = data_of(page)["runs"]
     assert [arm["label"] for arm in run["arms"]] == ["SFT", "PPO", "PPO-ptx", "DPO"]
+    assert run["stages"][4]["facts"] == ["PPO: 40 steps, 120 s", "PPO-ptx: 40 steps, 120 s"]
+    assert list(run["stages"][4]["memory"].items())[:2] == [("rollout", 1.8), ("policy", 1.1)]
     assert [stage["name"] for stage in run["stages"]] == ["pretrain", "sft", "reward", "dpo", "ppo"]
     assert run["stages"][0] == {
         "name": "pretrain",
@@ -74,6 +78,11 @@ def test_only_the_pages_own_script_may_run_and_nothing_may_be_fetched(tmp_path: 
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; script-src 'sha256-"
     )
     assert "unsafe" not in policy
+
+
+def test_every_static_file_is_in_the_page() -> None:
+    static = Path(page_module.__file__).parent / "static"
+    assert {path.name for path in static.iterdir()} == {"template.html", *page_module.STYLES, *page_module.SCRIPTS}
 
 
 def drop(*names: str) -> Callable[[Path], None]:
@@ -162,3 +171,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         write_report([run], tmp_path / "none" / "x.html")
     with pytest.raises(ConfigError, match="no run is named"):
         write_report([])
+
+
+def test_the_command_says_where_the_report_is_and_refuses_what_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, target = write_run(tmp_path / "demo", prompts=2, steps=2), tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["rayrlhf", "report", str(run), "--output", str(target)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert (left.value.code, target.exists()) == (0, True)
+    assert capsys.readouterr().out.strip() == f"the report is in {target}"
+    monkeypatch.setattr("sys.argv", ["rayrlhf", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert f"runs near it: {run}" in capsys.readouterr().err

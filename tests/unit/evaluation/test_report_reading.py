@@ -124,7 +124,7 @@ def test_an_interval_that_holds_one_half_is_not_called_a_win() -> None:
 
 def test_without_an_evaluation_the_reading_is_of_training() -> None:
     trained = {"ppo": {"step": [1, 2], "reward/mean": [-0.1, 0.83], "kl/mean": [0.0, 2.34]}}
-    assert reading([], trained, None) == (
+    assert reading([], trained, None).replace("\N{MINUS SIGN}", "-") == (
         "Over 2 steps of PPO the mean reward rises from -0.10 to 0.83, 2.3 nats per response away from SFT."
     )
     assert reading([], {}, None) == ""

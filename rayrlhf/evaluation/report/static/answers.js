@@ -98,7 +98,7 @@ function sampleTable(rows, folded) {
     { name: "Prompt", keys: [], cell: (row) => h("td", { class: "prompt" }, h("p", {}, row.prompt)) },
     { name: "Response", keys: has("length") ? [{ id: "length", label: "length", of: of("length") }] : [], cell: (row) => h("td", {}, h("p", { class: "answer" }, row.text || emptyAnswer()), row.truncated && h("p", { class: "meta" }, h("span", { class: "chip cut" }, "truncated"))) },
     ...[["reward", "Reward"], ["gold", "Gold"], ["kl", "KL"]].filter(([name]) => has(name)).map(([name, title]) => ({
-      name: title, keys: [{ id: name, label: "sort", of: of(name) }], cell: (row) => h("td", { class: "num" }, number(of(name)(row))) })),
+      name: title, number: true, keys: [{ id: name, label: "sort", of: of(name) }], cell: (row) => h("td", { class: "num" }, number(of(name)(row))) })),
   ];
   const table = dataTable({ caption: "Responses drawn while training", columns, rows });
   const search = searchBox("search-samples", "Search");

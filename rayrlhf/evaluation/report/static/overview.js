@@ -43,7 +43,7 @@ function runFacts(run) {
 
 function headlineTable() {
   const rows = report.runs.flatMap((run, index) => run.headline.map((row) => ({ ...row, run, index })));
-  if (!rows.length) return absent("There are no numbers of any arm yet.");
+  if (!rows.length) return absent(report.runs[0].missing.evaluation);
   const measures = Object.keys(MEASURES).filter((measure) => rows.some((row) => row.cells[measure]));
   const head = h("tr", {}, many && h("th", { scope: "col" }, "Run"), h("th", { scope: "col" }, "Arm"), measures.map((measure) =>
     h("th", { scope: "col", class: "num" }, MEASURES[measure].name, h("span", { class: "unit" }, MEASURES[measure].unit)),
@@ -124,18 +124,16 @@ function lineage(run) {
 
 function stageCard(stage) {
   const from = Object.entries(stage.parents);
-  const memory = Object.entries(stage.memory).filter(([, gib]) => gib !== null);
-  const most = memory.reduce((best, item) => (best && best[1] >= item[1] ? best : item), null);
+  const memory = Object.entries(stage.memory).map(([role, gib]) => `${role} ${gib.toFixed(2)}`);
   return h("article", { class: "stage-card" },
     h("h4", {}, stage.name, h("span", { class: "spent" }, stage.cached ? "reused" : seconds(stage.seconds))),
     stage.key && h("p", { class: "key" }, h("code", {}, stage.key)),
     stage.facts.map((fact) => h("p", {}, fact)),
-    most && h("p", { class: "quiet" }, memory.length > 1 ? `largest: ${most[0]}, ${most[1].toFixed(2)} GiB` : `${most[1].toFixed(2)} GiB`),
+    memory.length > 0 && h("p", { class: "quiet" }, `GiB: ${memory.join(", ")}`),
     from.length > 0 && h("p", { class: "quiet" }, "from ", from.map(([name], i) => `${i ? " and " : ""}${name}`)));
 }
 
 function overview() {
   const tables = smallTables();
-  const missing = report.runs.filter((run) => run.missing.evaluation).map((run) => absent(many ? `${run.name}: ${run.missing.evaluation}` : run.missing.evaluation));
-  return section("what", "What came of it", null, headlineTable(), missing, tables.length > 0 && h("div", { class: "pair" }, tables));
+  return section("what", "What came of it", null, headlineTable(), tables.length > 0 && h("div", { class: "pair" }, tables));
 }

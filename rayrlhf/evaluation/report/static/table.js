@@ -25,7 +25,7 @@ function dataTable({ caption, columns, rows }) {
       return button;
     });
     const name = h("span", { class: "column" }, column.color && block(column.color), column.name);
-    return h("th", { scope: "col", role: "columnheader", "aria-sort": cellButtons.length ? "none" : null }, name, h("span", { class: "sorts" }, cellButtons));
+    return h("th", { scope: "col", role: "columnheader", class: column.number ? "num" : null, "aria-sort": cellButtons.length ? "none" : null }, name, h("span", { class: "sorts" }, cellButtons));
   }
 
   function sort(key) {
