@@ -28,20 +28,13 @@ def prompt_table(answers: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> d
     rows = [row for row in rows if row["answers"]]
     if not rows:
         return None
+    with_kl, kept = _fitting(rows)
     notes = []
-    if _size(rows) > MOST_CHARACTERS:
-        notes.append("The answers are too long to show the KL of every token here; answers.jsonl has it.")
-        words = list(vocabulary)
-        for answer in (answer for row in rows for answer in row["answers"].values()):
-            tokens = answer.pop("tokens", ())
-            answer.pop("kl", None)
-            answer.setdefault("text", plain("".join(words[index] for index in tokens)))
-        vocabulary = {}
-    if (size := _size(rows)) > MOST_CHARACTERS:
-        kept = max(1, len(rows) * MOST_CHARACTERS // size)
+    if kept < len(rows):
         notes.append(f"The first {kept} of {len(rows)} prompts are shown; answers.jsonl has all.")
-        rows = rows[:kept]
-    return {"rows": rows, "vocabulary": list(vocabulary), "notes": notes}
+    if with_kl < kept:
+        notes.append(f"The KL of every token is shown for the first {with_kl} prompts; answers.jsonl has the rest.")
+    return {"rows": rows[:kept], "vocabulary": list(vocabulary), "notes": notes}
 
 
 def scores_by_arm(answers: Sequence[Mapping[str, Any]], arms: Sequence[str], name: str) -> dict[str, list[float]]:
@@ -110,5 +103,20 @@ def _answer(answer: Mapping[str, Any], vocabulary: dict[str, int]) -> dict[str, 
     return short if plain("".join(map(str, tokens))) == plain(text) else short | {"text": text}
 
 
-def _size(rows: list[dict[str, Any]]) -> int:
-    return len(json.dumps(rows, ensure_ascii=False, separators=(",", ":")))
+def _fitting(rows: list[dict[str, Any]]) -> tuple[int, int]:
+    """Takes the KL of tokens from the last rows until all fit, then rows; returns how many of each are left."""
+    total, with_kl, kept = sum(map(_size, rows)), len(rows), len(rows)
+    while total > MOST_CHARACTERS and with_kl:
+        with_kl -= 1
+        total -= _size(rows[with_kl])
+        for answer in rows[with_kl]["answers"].values():
+            answer.pop("kl", None)
+        total += _size(rows[with_kl])
+    while total > MOST_CHARACTERS and kept > 1:
+        kept -= 1
+        total -= _size(rows[kept])
+    return with_kl, kept
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    return len(json.dumps(row, ensure_ascii=False, separators=(",", ":")))

@@ -181,14 +181,25 @@ def test_answers_keep_tokens_once_and_kl_in_thousandths() -> None:
     }
 
 
-def test_answers_too_long_for_the_page_lose_their_tokens_and_keep_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayrlhf.evaluation.report.answers.MOST_CHARACTERS", 400)
-    answer = {"text": "so so so so so", "tokens": ["so", " so", " so", " so", " so"], "kl": [0.1] * 5}
-    table = prompt_table([{"prompt": "p", "answers": {"ppo": answer}}] * 5, ["ppo"])
+def test_answers_too_long_for_the_page_lose_their_kl_from_the_end_and_then_prompts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = {"text": "so so", "tokens": ["so", " so"], "kl": [0.1, 0.2]}
+    records = [{"prompt": "p", "answers": {"ppo": answer}}] * 5
+    whole = prompt_table(records, ["ppo"])
+    assert whole is not None
+    a_row = len(json.dumps(whole["rows"][0], separators=(",", ":")))
+    monkeypatch.setattr("rayrlhf.evaluation.report.answers.MOST_CHARACTERS", 5 * a_row - 20)
+    table = prompt_table(records, ["ppo"])
     assert table is not None
-    assert table["vocabulary"] == []
-    assert [row["answers"]["ppo"]["text"] for row in table["rows"]] == ["so so so so so"] * len(table["rows"])
-    assert table["notes"][1] == f"The first {len(table['rows'])} of 5 prompts are shown; answers.jsonl has all."
+    # A row is 15 characters shorter without its ,"kl":[100,200]; two of them make 20.
+    assert ["kl" in row["answers"]["ppo"] for row in table["rows"]] == [True, True, True, False, False]
+    assert table["notes"] == ["The KL of every token is shown for the first 3 prompts; answers.jsonl has the rest."]
+    monkeypatch.setattr("rayrlhf.evaluation.report.answers.MOST_CHARACTERS", 2 * a_row)
+    table = prompt_table(records, ["ppo"])
+    assert table is not None
+    assert len(table["rows"]) == 2
+    assert table["notes"][0] == "The first 2 of 5 prompts are shown; answers.jsonl has all."
 
 
 def test_samples_are_thinned_evenly_and_lose_the_chat_template() -> None:

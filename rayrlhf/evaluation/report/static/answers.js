@@ -19,7 +19,7 @@ function heldOut(run, index) {
     ...arms.map((arm) => armColumn(arm, index, rows, vocabulary, judge)),
   ];
   const table = dataTable({ caption: `Held-out prompts${many ? ` of ${run.name}` : ""}: ${rows.length}, with the answer of each arm`, columns, rows });
-  const shades = rows.some((row) => Object.values(row.answers).some((answer) => answer.tokens));
+  const shades = rows.some((row) => Object.values(row.answers).some((answer) => answer.kl));
   return [filters(run, index, arms, rows, table, judge), shades && shadeLegend(), table.element];
 }
 

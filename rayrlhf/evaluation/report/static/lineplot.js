@@ -21,9 +21,9 @@ function linePlot(options) {
     const labels = shown.length > 1 || many ? shown.map((line) => line.label) : [];
     plot = frame({ width, height, x: xs[0] === xs[1] ? [xs[0] - 1, xs[1] + 1] : xs, y, right: labels.length ? labelRoom(labels, width) : 14 });
     plot.svg.setAttribute("aria-label", describeLines(options));
-    if (target) drawTarget(plot, target);
     const weight = options.smooth ? shared.smoothing : 0;
     shown.forEach((line) => drawLine(plot, line, weight));
+    if (target) drawTarget(plot, target);
     if (labels.length) plot.svg.append(...endLabels(plot, shown, weight));
     plot.cursor = s("g", { class: "cursor" });
     plot.svg.append(plot.cursor);

@@ -17,12 +17,13 @@ function masthead() {
   const [run] = report.runs;
   const warnings = report.runs.reduce((sum, each) => sum + each.findings.length, 0);
   const facts = many ? [count(report.runs.length, "run")] : runFacts(run);
-  const link = h("a", { href: "#warnings", class: warnings ? "sign" : "calm" }, warnings ? count(warnings, "warning") : "no warnings");
+  const looked = report.runs.some((run) => run.looked > 0);
+  const link = looked && h("a", { href: "#warnings", class: warnings ? "sign" : "calm" }, warnings ? count(warnings, "warning") : "no warnings");
   return h("div", { class: "masthead" },
     h("p", { class: "kicker" }, many ? "Comparison of runs" : "Report of a run"),
     h("h1", {}, report.runs.map((each) => each.name).join(" · ")),
     report.runs.map((each) => each.reading && h("p", { class: "reading" }, many && h("b", {}, `${each.name}. `), each.reading)),
-    h("ul", { class: "facts" }, [...facts, link].map((fact) => h("li", {}, fact))),
+    h("ul", { class: "facts" }, [...facts, link].filter(Boolean).map((fact) => h("li", {}, fact))),
     report.runs.flatMap((each) => [
       each.status === "stopped" && h("p", { class: "notice" }, `${each.name} was stopped before its end; what it left is below.`),
       ...each.notes.map((note) => h("p", { class: "notice" }, many ? `${each.name}: ${note}` : note)),

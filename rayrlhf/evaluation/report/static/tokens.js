@@ -4,7 +4,7 @@ const tip = h("div", { class: "tip", hidden: true });
 const spoken = h("div", { class: "visually-hidden", "aria-live": "polite" });
 
 function answerText(answer, vocabulary) {
-  if (!answer.tokens) return h("p", { class: "answer" }, answer.text || emptyAnswer());
+  if (!answer.kl) return h("p", { class: "answer" }, textOf(answer, vocabulary) || emptyAnswer());
   const tokens = answer.tokens.map((index, i) => {
     const text = vocabulary[index];
     const special = /^<\|.*\|>$/.test(text);

@@ -83,7 +83,7 @@ function supervised() {
 }
 
 function controls() {
-  const smoothing = h("input", { type: "range", id: "smoothing", min: 0, max: 0.95, step: 0.05, value: 0 });
+  const smoothing = h("input", { type: "range", id: "smoothing", min: 0, max: 0.95, step: 0.05, value: shared.smoothing });
   smoothing.addEventListener("input", () => change({ smoothing: Number(smoothing.value) }));
   const toggles = lines.length > 1 && h("div", { class: "legend", role: "group", "aria-label": "Lines shown" }, lines.map(toggle));
   return h("div", { class: "controls" }, toggles, h("label", { class: "smoothing" }, "Smoothing", smoothing));
