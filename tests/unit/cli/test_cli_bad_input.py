@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import ray
+from rayrlhf.worlds.starter import write_starter
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import rayrlhf.actors.cluster
@@ -26,7 +27,6 @@ from rayrlhf.data.split import split_by_prompt
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.errors import ResourceError
 from rayrlhf.stages.datasets import Datasets
-from rayrlhf.worlds.starter import write_starter
 
 ROOT = Path(__file__).parents[3]
 FILES = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from rayrlhf.errors import DataError
 from rayrlhf.worlds.language import gold_score, tasks, verdict
 from rayrlhf.worlds.starter import write_starter
+
+from rayrlhf.errors import DataError
 
 World = dict[str, list[dict[str, Any]]]
 HELD_OUT = "heldout_rankings"
