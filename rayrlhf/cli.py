@@ -44,6 +44,13 @@ VerifyStep = Annotated[
     ),
 ]
 
+Subjects = Annotated[
+    list[str], typer.Argument(help="a run's folder, models, section.key=value ...", metavar="RUN|MODEL...")
+]
+EvalOutput = Annotated[
+    Path | None, typer.Option("--output", metavar="FOLDER", help="Where results go; RUN/eval if left out.")
+]
+
 
 @app.command()
 def run(
@@ -84,6 +91,15 @@ def ppo(
 ) -> None:
     """PPO of the SFT model against the reward model."""
     _run_one("ppo", config, overrides, dry_run, verify_step)
+
+
+@app.command("eval")
+def evaluate(subjects: Subjects, output: EvalOutput = None) -> None:
+    """What a run's policies (or any models) are worth on held-out prompts, text and multiple choice, side by side."""
+    from rayrlhf.stages.eval_command import evaluate as evaluate_them
+
+    overrides = [subject for subject in subjects if "=" in subject]
+    evaluate_them([s for s in subjects if s not in overrides], overrides, output, Console())
 
 
 @app.command()

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from rayrlhf.config.root import Config
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "dump_config", "load_config"]
+__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config"]
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
 
@@ -28,14 +28,23 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mappin
         ConfigError: naming file and line, or the dotted path, what was found and the nearest valid name.
     """
     path = Path(path)
-    tree = _read_yaml(path)
+    return config_from(_read_yaml(path), overrides, environ, str(path))
+
+
+def config_from(
+    tree: dict[str, Any],
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    source: str = "the config",
+) -> Config:
+    """As `load_config`, of a tree that is there already; `source` is what messages call it."""
     for override in overrides:
         _apply_override(tree, override)
     _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from None
+        raise ConfigError(_explain(error, source)) from None
 
 
 def dump_config(config: Config) -> str:

@@ -12,8 +12,9 @@ from rayrlhf.evaluation.comparison import (
     mean,
     win_rate,
 )
+from rayrlhf.types import ChoiceQuestion
 
-__all__ = ["summarise"]
+__all__ = ["choice", "summarise"]
 
 Row = Mapping[str, Any]
 
@@ -26,32 +27,52 @@ def summarise(
     Args:
         rows: {prompt_id, prompt, kind, answers: {arm: {text, tokens, reward, truncated, kl?, gold?, flags?,
             heldout_reward?}}}.
-        measures: by arm, what was measured without prompts: pretrain_loss, choices (right or not, by question).
+        measures: by arm, what was measured without prompts: pretrain_loss, choices (`choice` of each question).
         base: the arm that the others are compared with.
     """
-    arms = list(rows[0]["answers"])
+    arms = list(rows[0]["answers"]) if rows else []
     columns = {arm: [row["answers"][arm] for row in rows] for arm in arms}
-    result: dict[str, Any] = {"prompts": len(rows)}
+    result: dict[str, Any] = {"prompts": len(rows), "base": base}
+    for arm, found in measures.items():
+        for name, value in _measured(found, resamples, seed).items():
+            result.setdefault(name, {})[arm] = value
     for arm, column in columns.items():
         for name, value in _of_one(arm, column, resamples, seed).items():
-            result.setdefault(name, {})[arm] = value
-        for name, value in _measured(measures.get(arm, {}), resamples, seed).items():
             result.setdefault(name, {})[arm] = value
         if arm != base:
             for name, value in _against(column, columns[base], resamples, seed).items():
                 result.setdefault(name, {})[f"{arm}_vs_{base}"] = value
-    if "gold" in columns[base][0]:
+    if rows and "gold" in columns[base][0]:
         result["gold_by_kind"] = _by_kind(rows, arms)
     return result
 
 
+def choice(question: ChoiceQuestion, logprobs: Sequence[float]) -> dict[str, Any]:
+    """Whether the right choice is the likeliest, as it is and per character of its text (long ones are unlikely).
+
+    Both are usual (Gao et al., lm-evaluation-harness: acc, acc_norm); chance is what guessing gives.
+    """
+    per_character = [logprob / len(text) for logprob, text in zip(logprobs, question.choices, strict=True)]
+    return {
+        "source": question.source,
+        "right": _argmax(logprobs) == question.answer,
+        "right_by_character": _argmax(per_character) == question.answer,
+        "chance": 1 / len(question.choices),
+    }
+
+
+def _argmax(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: values[i])
+
+
 def _of_one(arm: str, column: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "reward_mean": mean([answer["reward"] for answer in column], resamples, seed),
         "length_mean": mean([len(answer["tokens"]) for answer in column], resamples, seed),
         "truncated": sum(answer["truncated"] for answer in column) / len(column),
         "distinct_2": distinct_n([answer["text"] for answer in column]),
     }
+    if all("reward" in answer for answer in column):
+        found["reward_mean"] = mean([answer["reward"] for answer in column], resamples, seed)
     if all("kl" in answer for answer in column):
         found["kl_per_response"] = mean([sum(answer["kl"]) for answer in column], resamples, seed)
     elif arm.startswith("best_of_"):
@@ -70,7 +91,12 @@ def _measured(measures: Mapping[str, Any], resamples: int, seed: int) -> dict[st
     if "pretrain_loss" in measures:
         found["pretrain_loss"] = measures["pretrain_loss"]
     if "choices" in measures:
-        found["cloze_accuracy"] = mean([float(right) for right in measures["choices"]], resamples, seed)
+        found["cloze_accuracy"] = mean([float(row["right"]) for row in measures["choices"]], resamples, seed)
+        found["choices_by_source"] = {
+            source: {"questions": len(own)}
+            | {key: sum(row[key] for row in own) / len(own) for key in ("right", "right_by_character", "chance")}
+            for source, own in _by("source", measures["choices"]).items()
+        }
     return found
 
 
@@ -94,10 +120,14 @@ def _against(
 
 def _by_kind(rows: Sequence[Row], arms: Sequence[str]) -> dict[str, dict[str, float]]:
     """Mean gold of each kind of prompt, by arm."""
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(row["kind"], []).append(row)
     return {
         kind: {arm: sum(row["answers"][arm]["gold"] for row in own) / len(own) for arm in arms}
-        for kind, own in sorted(kinds.items())
+        for kind, own in _by("kind", rows).items()
     }
+
+
+def _by(key: str, rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return dict(sorted(groups.items()))

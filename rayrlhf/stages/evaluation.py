@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from rayrlhf.actors.roles import ScorerRoles
@@ -22,19 +21,19 @@ from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import sample_seed
 from rayrlhf.driver.protocols import RolloutBatch
-from rayrlhf.evaluation.summary import summarise
+from rayrlhf.evaluation.summary import choice, summarise
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet
 from rayrlhf.stages.sampling import answers, fetch_rollouts, sample
-from rayrlhf.types import PromptTokens, Rollout, SampleRequest, Scores
+from rayrlhf.types import Prompt, PromptTokens, Rollout, SampleRequest, Scores
 from rayrlhf.worlds.base import World, create_world
 
 __all__ = ["BASE", "arm_models", "evaluate_models", "run_eval"]
 
 BASE = "sft"
-"""The arm that the others are compared with, and that KL is measured from."""
+"""The arm of a run that its others are compared with."""
 
 
 def run_eval(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -42,8 +41,14 @@ def run_eval(context: StageContext, parents: dict[str, str], workspace: Path) ->
     return evaluate_models(context, arm_models(context.config, parents), parents["reward"], workspace)
 
 
-def evaluate_models(context: StageContext, models: Mapping[str, str], reward: str, workspace: Path) -> dict[str, Any]:
-    """As `run_eval`, of any models by the name of their arm; the first is `BASE`."""
+def evaluate_models(
+    context: StageContext, models: Mapping[str, str], reward: str | None, workspace: Path
+) -> dict[str, Any]:
+    """As `run_eval`, of any models by the name of their arm.
+
+    The first is what the others are compared with, and what KL is measured from. Without a `reward` model there are no
+    rewards, and no best-of-n; without held-out prompts nothing is sampled.
+    """
     context.ensure_ray()
     return asyncio.run(_Evaluation(context, models, reward, workspace).run())
 
@@ -72,42 +77,57 @@ class _Arm:
 
 
 class _Evaluation:
-    def __init__(self, context: StageContext, models: Mapping[str, str], reward: str, workspace: Path) -> None:
+    def __init__(self, context: StageContext, models: Mapping[str, str], reward: str | None, workspace: Path) -> None:
         self.context = context
         self.config = context.config
         self.models = models
         self.workspace = workspace
-        found = context.data.heldout_prompts
-        self.prompts: list[PromptTokens] = found.tokens[: self.config.eval.prompts]
-        self.records = {p.prompt_id: found.records[p.prompt_id] for p in self.prompts}
-        base = models[BASE]
-        roles = ("policy", "reference", "reward", "rollout")
-        self.roles = RoleSet(context, roles, {"policy": base, "reference": base, "reward": reward}, self.prompts)
+        self.base = next(iter(models))
+        self.prompts: list[PromptTokens] = []
+        self.records: dict[int, Prompt] = {}
+        if self.config.data.heldout_prompts:
+            found = context.data.heldout_prompts
+            self.prompts = found.tokens[: self.config.eval.prompts]
+            self.records = {p.prompt_id: found.records[p.prompt_id] for p in self.prompts}
+        named = {"policy": models[self.base]}
+        if self.prompts:
+            named |= {"reference": models[self.base]} | ({"reward": reward} if reward else {})
+        self.scorers = tuple(named)
+        self.roles = RoleSet(context, (*named, *(("rollout",) if self.prompts else ())), named, self.prompts)
 
     async def run(self) -> dict[str, Any]:
         arms: dict[str, _Arm] = {}
+        self.pool: EnginePool | None = None
         with StageProgress(self.context.console, "eval") as progress:
             try:
                 progress.phase("starting")
                 await self.roles.start()
-                pool = self.roles.pool()
                 for version, (name, model) in enumerate(self.models.items()):
                     progress.phase(name)
                     if version:
                         await self.roles.reload("policy", self.config, model)
-                    await pool.publish(version)
-                    arms[name] = await self._answer(pool)
-                    arms[name].measures = await self._measure()
-                    if name == BASE and self.config.eval.best_of > 1:
-                        arms[f"best_of_{self.config.eval.best_of}"] = await self._best_of(pool)
+                    await self._evaluate(name, version, arms)
                     progress.step(version + 1, len(self.models), {})
-                if self.config.eval.reward_model is not None:
+                if self.config.eval.reward_model is not None and "reward" in self.scorers:
                     progress.phase("judging")
                     await self._judge_again(arms, self.config.eval.reward_model)
                 memory = await self.roles.memory()
             finally:
                 await self.roles.stop()
         return self._write(arms) | {"memory_gib": memory}
+
+    async def _evaluate(self, name: str, version: int, arms: dict[str, _Arm]) -> None:
+        """The policy that is loaded now, and best-of-n of the first one."""
+        best_of = self.config.eval.best_of
+        if self.prompts:
+            pool = self.pool = self.pool or self.roles.pool()
+            await pool.publish(version)
+            arms[name] = await self._answer(pool)
+            if name == self.base and best_of > 1 and "reward" in self.scorers:
+                arms[f"best_of_{best_of}"] = await self._best_of(pool)
+        else:
+            arms[name] = _Arm({}, Scores(), ())
+        arms[name].measures = await self._measure()
 
     def _requests(self, repeats: int, purpose: str) -> list[SampleRequest]:
         """Every arm draws with the same seeds: what differs is the policy."""
@@ -121,7 +141,7 @@ class _Evaluation:
     async def _answer(self, pool: EnginePool) -> _Arm:
         requests = self._requests(1, "eval")
         batches = await sample(pool, requests, lambda done, total: None, self.config.eval.temperature)
-        scores = await self._score(batches, ("policy", "reference", "reward"))
+        scores = await self._score(batches, self.scorers)
         return _Arm(await fetch_rollouts(batches), scores, batches)
 
     async def _best_of(self, pool: EnginePool) -> _Arm:
@@ -158,14 +178,14 @@ class _Evaluation:
         if self.config.data.multiple_choice:
             examples, questions = data.multiple_choice
             logprobs = (await policy.call("choice_logprobs", ray.put(examples)))[0]
-            measures["choices"] = [int(np.argmax(row)) == q.answer for row, q in zip(logprobs, questions, strict=True)]
+            measures["choices"] = [choice(q, row) for q, row in zip(questions, logprobs, strict=True)]
         return measures
 
     def _write(self, arms: Mapping[str, _Arm]) -> dict[str, Any]:
         world = self._world()
         rows = [self._row(prompt.prompt_id, arms, world) for prompt in self.prompts]
         measures = {name: arm.measures for name, arm in arms.items() if arm.measures}
-        result = summarise(rows, measures, BASE, self.config.eval.bootstrap, self.config.run.seed)
+        result = summarise(rows, measures, self.base, self.config.eval.bootstrap, self.config.run.seed)
         result |= {"temperature": self._temperature(), "models": dict(self.models)}
         with open(self.workspace / "answers.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -197,9 +217,10 @@ class _Evaluation:
         answer: dict[str, Any] = {
             "text": said.text,
             "tokens": [tokenizer.decode([token]) for token in ids],
-            "reward": arm.scores.rewards[sample_id],
             "truncated": rollout.info.truncated,
         }
+        if sample_id in arm.scores.rewards:
+            answer["reward"] = arm.scores.rewards[sample_id]
         if arm.heldout_rewards:
             answer["heldout_reward"] = arm.heldout_rewards[sample_id]
         if sample_id in arm.scores.logprobs:

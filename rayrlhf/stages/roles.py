@@ -83,7 +83,8 @@ class RoleSet:
             await group.spawn(RolloutActor, logs, timeout)
             await group.call("start", handle, timeout_s=timeout)
 
-        await asyncio.gather(start_engines(), *(start_model(role) for role in MODEL_ROLES if role in self.groups))
+        engines = [start_engines()] if "rollout" in self.groups else []
+        await asyncio.gather(*engines, *(start_model(role) for role in MODEL_ROLES if role in self.groups))
 
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""

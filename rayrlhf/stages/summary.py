@@ -14,7 +14,7 @@ from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
 from rayrlhf.evaluation.agreement import Row
 
-__all__ = ["show_agreement", "show_counts", "show_placement", "show_summary"]
+__all__ = ["show_agreement", "show_counts", "show_evaluation", "show_placement", "show_summary"]
 
 
 def show_counts(console: Console, counts: Mapping[StageName, Mapping[str, int]]) -> None:
@@ -61,8 +61,8 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
             console.print(_accuracy_table(name, accuracy))
             if len(sizes := _ranking_sizes(accuracy)) > 1:
                 console.print(_accuracy_by_k_table(name, accuracy, sizes))
-    if "reward_mean" in summary.get("evaluation", {}):
-        console.print(_arms_table(summary["evaluation"]))
+    if "prompts" in summary.get("evaluation", {}):
+        show_evaluation(console, summary["evaluation"])
     for stage, result in summary["stages"].items():
         if "model" in result:
             console.print(f"{stage:<9} model: {result['model']}", highlight=False, markup=False, soft_wrap=True)
@@ -84,16 +84,29 @@ _ARM_COLUMNS = {
 }
 
 
+def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
+    """The arms side by side; multiple choice by source where there are several."""
+    console.print(_arms_table(evaluation))
+    for arm, sources in evaluation.get("choices_by_source", {}).items():
+        for source, row in sources.items():
+            if source:
+                right = f"right {row['right']:.3f}, by character {row['right_by_character']:.3f}"
+                words = f"{row['questions']} questions, {right}, chance {row['chance']:.3f}"
+                console.print(f"{arm}: {source}: {words}", highlight=False, soft_wrap=True)
+
+
 def _arms_table(evaluation: Mapping[str, Any]) -> Table:
     """One row an arm; a win rate is against SFT, and what follows +- is half of its 95 % interval."""
     columns = {name: heading for name, heading in _ARM_COLUMNS.items() if name in evaluation}
-    title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over sft"
+    base = evaluation["base"]
+    title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over {base}"
     table = Table(title=title, title_justify="left")
     table.add_column("arm")
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    for arm in evaluation["reward_mean"]:
-        cells = [evaluation[name].get(f"{arm}_vs_sft", evaluation[name].get(arm)) for name in columns]
+    arms = dict.fromkeys(arm for name in columns if not name.endswith("win_rate") for arm in evaluation[name])
+    for arm in arms:
+        cells = [evaluation[name].get(f"{arm}_vs_{base}", evaluation[name].get(arm)) for name in columns]
         table.add_row(arm, *(_with_interval(cell) for cell in cells))
     return table
 
