@@ -58,8 +58,7 @@ class Task:
 
     def sentence(self, answer: str) -> str:
         """The answer in a sentence, where the kind has one."""
-        text = self.kind.frame.format(answer=answer, **self.args)
-        return text.replace("there are 1 ", "there is 1 ")
+        return self.kind.frame.format(answer=answer, **self.args)
 
 
 def manners(kind: Kind, args: Args) -> list[str]:
@@ -139,30 +138,31 @@ def _spaced(text: str) -> str:
 
 @register_world("instructions")
 class Instructions(World):
-    """Eleven kinds of instruction in six manners; about 100,000 distinct prompts."""
+    """Eight kinds of instruction in six manners."""
 
     sizes = Sizes(
         text=26_000,
         demonstrations=3000,
         rankings=2000,
         heldout_rankings=300,
-        ranking_prompts=4500,
-        prompts=6000,
+        ranking_prompts=2500,
+        prompts=5000,
         heldout_prompts=600,
         multiple_choice=400,
     )
     weights: ClassVar = {"right": 0.55, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.1}
 
     def document(self, rng: random.Random) -> str:
-        """Marked exercises two times in three; else plain statements, or a story that no instruction touches.
+        """Exercises four times in five; else plain statements, or a story that no instruction touches.
 
-        The exercises are in the very wording of the instructions, answered and then marked straight after the full
-        stop: a reward model can only prefer right content if pretraining taught it to verify content.
+        The exercises are in the very wording of the instructions. Half of them are answered rightly, the others are
+        answered in several ways, each marked straight after its full stop: a reward model can only prefer right content
+        if pretraining taught it to tell right from wrong.
         """
         chance = rng.random()
-        if chance < 0.62:
-            return "\n".join(self._exercise(rng) for _ in range(3))
-        if chance < 0.80:
+        if chance < 0.8:
+            return "\n".join(_exercise(rng) for _ in range(3))
+        if chance < 0.9:
             return rng.choice((about_things, about_things, about_opposites))(rng)
         return story(rng)
 
@@ -170,15 +170,12 @@ class Instructions(World):
         return draw(rng, heldout).prompt
 
     def demonstration(self, rng: random.Random, prompt: str) -> tuple[str, str]:
-        """One of four contractors, of whom one is careful; flaws come alone or together."""
-        name, share = rng.choice((("careful", 0.35), ("hasty", 0.8), ("gruff", 0.85), ("chatty", 0.85)))
-        task = read(prompt)
-        if rng.random() >= share:
-            return respond(rng, task), name
-        habit = {"careful": "wrong", "hasty": "deaf", "gruff": "rude", "chatty": "rambling"}[name]
-        flaws = {flaw: rng.random() < (0.6 if flaw == habit else 0.3) for flaw in ("wrong", "deaf", "rude", "rambling")}
-        flaws[habit] |= not any(flaws.values())
-        return respond(rng, task, right=not flaws.pop("wrong"), **flaws), name
+        """One of four contractors: one is careful, the others have bad habits; flaws come alone or together."""
+        name, habit = rng.choice((("careful", None), ("hasty", "deaf"), ("gruff", "rude"), ("chatty", "rambling")))
+        chances = {flaw: 0.8 if flaw == habit else 0.3 if habit else 0.1 for flaw in ("deaf", "rude", "rambling")}
+        right = rng.random() >= (0.2 if habit else 0.05)
+        flaws = {flaw: rng.random() < chance for flaw, chance in chances.items()}
+        return respond(rng, read(prompt), right, **flaws), name
 
     def flags(self, prompt: str, response: str, finished: bool) -> dict[str, bool]:
         task = read(prompt)
@@ -214,14 +211,19 @@ class Instructions(World):
         words = content(core)
         if task.kind.frame:
             before, after = (content(part) for part in task.sentence("@").split("@"))
-            for start in (before, content("there is") if before == content("there are") else before):
-                inner = words[len(start) : len(words) - len(after)]
-                if inner and start + inner + after == words:
-                    return task.kind.accepts(task.args, inner), True
+            inner = words[len(before) : len(words) - len(after)]
+            if inner and before + inner + after == words:
+                return task.kind.accepts(task.args, inner), True
         return task.kind.accepts(task.args, words), False
 
-    def _exercise(self, rng: random.Random) -> str:
-        """An instruction, an answer, and the mark for its content; the rest varies so that the mark ignores it."""
-        task, right = draw(rng, held_out=False), rng.random() < 0.5
-        flaws = {flaw: rng.random() < 0.15 for flaw in ("deaf", "rude", "rambling")}
-        return f"{task.prompt} {respond(rng, task, right, **flaws)} {'right' if right else 'wrong'}"
+
+def _exercise(rng: random.Random) -> str:
+    """An instruction with a right answer, or with two that are marked, each as often right as wrong."""
+    task = draw(rng, held_out=False, plain=0.7)
+    if rng.random() < 0.5:
+        return f"{task.prompt}\n{respond(rng, task)}"
+    lines = [task.prompt]
+    for _ in range(2):
+        right, deaf, rude = (rng.random() < chance for chance in (0.5, 0.04, 0.04))
+        lines.append(f"{respond(rng, task, right, deaf, rude)} {'right' if right else 'wrong'}")
+    return "\n".join(lines)

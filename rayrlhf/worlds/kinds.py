@@ -18,17 +18,23 @@ from rayrlhf.worlds.words import (
     MEMBERS,
     NAMES,
     OPPOSITE,
-    TRAITS,
+    SITES,
     WITH_TRAIT,
     a,
     listing,
-    plural,
 )
 
 __all__ = ["KINDS", "Args", "Kind", "content"]
 
 Args = dict[str, str]
-_SLOTS = {"items": r"[a-z, ]+", "numbers": r"[\d, ]+", "x": r"an? [a-z]+", "y": r"an? [a-z]+"}
+_ASKED = {"who has it": "who", "where it is": "place", "what it is": "x"}
+_SLOTS = {
+    "items": r"[a-z, ]+",
+    "numbers": r"[\d, ]+",
+    "x": r"an? [a-z]+",
+    "place": r"[io]n the [a-z]+",
+    "asked": "|".join(_ASKED),
+}
 _THINGS = tuple(ALL_THINGS)
 _SAYABLE = (*_THINGS, *OPPOSITE)
 
@@ -98,7 +104,7 @@ class Listing(Kind):
     frame = "{answer} are {kinds}"
 
     def draw(self, rng: random.Random) -> Args:
-        return {"n": str(rng.randint(2, 5)), "kinds": f"{rng.choice(tuple(MEMBERS))}s"}
+        return {"n": str(rng.randint(2, 4)), "kinds": f"{rng.choice(tuple(MEMBERS))}s"}
 
     def combination(self, args: Args) -> tuple[str, ...]:
         return args["n"], args["kinds"]
@@ -109,7 +115,7 @@ class Listing(Kind):
     def wrong(self, rng: random.Random, args: Args) -> str:
         members, n = MEMBERS[args["kinds"][:-1]], int(args["n"])
         if rng.random() < 0.5:
-            return listing(rng.sample(members, n + 1 if n == 2 or (n < 5 and rng.random() < 0.5) else n - 1))
+            return listing(rng.sample(members, n + 1 if n == 2 or rng.random() < 0.5 else n - 1))
         strangers = [name for name in _THINGS if name not in members]
         names = [*rng.sample(members, n - 1), rng.choice(strangers)]
         rng.shuffle(names)
@@ -161,28 +167,6 @@ class Opposite(Kind):
 
     def wrong(self, rng: random.Random, args: Args) -> str:
         return rng.choice([word for word in OPPOSITE if word != OPPOSITE[args["word"]]])
-
-
-class Compare(Kind):
-    """ "which is red, a cat or a drum": exactly one of the two has the trait."""
-
-    name, order, question = "compare", "say which is {trait}, {x} or {y}", "which is {trait}, {x} or {y}"
-    frame, one_word = "{answer} is {trait}", True
-
-    def draw(self, rng: random.Random) -> Args:
-        trait = rng.choice(TRAITS)
-        pair = [rng.choice(WITH_TRAIT[trait]), rng.choice([n for n in _THINGS if n not in WITH_TRAIT[trait]])]
-        rng.shuffle(pair)
-        return {"trait": trait, "x": a(pair[0]), "y": a(pair[1])}
-
-    def combination(self, args: Args) -> tuple[str, ...]:
-        return tuple(sorted((args["x"], args["y"])))
-
-    def right(self, rng: random.Random, args: Args) -> str:
-        return next(args[slot] for slot in "xy" if args["trait"] in ALL_THINGS[args[slot].split()[1]].traits)
-
-    def wrong(self, rng: random.Random, args: Args) -> str:
-        return args["y"] if self.right(rng, args) == args["x"] else args["x"]
 
 
 class Repeat(Kind):
@@ -244,61 +228,48 @@ class Sort(Kind):
 
 
 class Count(Kind):
-    """ "count the animals in cat, drum, dog"."""
+    """ "count cat, drum, dog"."""
 
-    name, order, question = "count", "count the {kinds} in {items}", "how many {kinds} are in {items}"
+    name, order, question = "count", "count {items}", "how many are {items}"
     frame = "there are {answer}"
 
     def draw(self, rng: random.Random) -> Args:
-        kind, n = rng.choice(tuple(MEMBERS)), rng.randint(1, 3)
-        others = [name for name in _THINGS if ALL_THINGS[name].kind != kind]
-        items = [*rng.sample(MEMBERS[kind], n), *rng.sample(others, 3 - n)]
-        rng.shuffle(items)
-        return {"kinds": f"{kind}s", "items": ", ".join(items)}
+        return {"items": ", ".join(rng.sample(_THINGS, rng.randint(2, 5)))}
 
     def combination(self, args: Args) -> tuple[str, ...]:
-        return args["kinds"], *sorted(args["items"].split(", "))
+        return tuple(sorted(args["items"].split(", ")))
 
     def right(self, rng: random.Random, args: Args) -> str:
-        return self._answer(args, self._count(args))
+        return f"{args['items'].count(',') + 1} things"
 
     def wrong(self, rng: random.Random, args: Args) -> str:
-        return self._answer(args, rng.choice([n for n in range(1, 4) if n != self._count(args)]))
-
-    def _count(self, args: Args) -> int:
-        return sum(ALL_THINGS[item].kind == args["kinds"][:-1] for item in args["items"].split(", "))
-
-    def _answer(self, args: Args, count: int) -> str:
-        return f"{count} {plural(args['kinds'][:-1], count)}"
+        return f"{rng.choice([n for n in range(2, 6) if n != args['items'].count(',') + 1])} things"
 
 
 class Fact(Kind):
-    """ "anna has a drum and ben has a kite. what does ben have?"."""
+    """ "anna has a drum on the shelf. say where it is."."""
 
-    name, fact = "fact", "{first} has {x} and {second} has {y}. "
-    order, question = "say what {who} has", "what does {who} have"
-    frame, one_word = "{who} has {answer}", True
+    name, fact = "fact", "{who} has {x} {place}. "
+    order, question = "say {asked}", "can you say {asked}"
 
     def draw(self, rng: random.Random) -> Args:
-        (first, second), things = rng.sample(NAMES, 2), rng.sample(_THINGS, 2)
-        who = rng.choice((first, second))
-        return {"first": first, "second": second, "x": a(things[0]), "y": a(things[1]), "who": who}
+        who, x, place = rng.choice(NAMES), a(rng.choice(_THINGS)), rng.choice(SITES)
+        return {"who": who, "x": x, "place": place, "asked": rng.choice(tuple(_ASKED))}
 
     def combination(self, args: Args) -> tuple[str, ...]:
-        return args["who"], self._pair(args)[0]
+        return args["who"], args["x"], args["place"]
 
     def right(self, rng: random.Random, args: Args) -> str:
-        return self._pair(args)[0]
+        return args[_ASKED[args["asked"]]]
 
     def wrong(self, rng: random.Random, args: Args) -> str:
-        if rng.random() < 0.75:
-            return self._pair(args)[1]
-        return a(rng.choice([name for name in _THINGS if a(name) not in self._pair(args)]))
+        """Something else that was stated, or the same sort of thing that was not."""
+        right = self.right(rng, args)
+        if rng.random() < 0.3:
+            return rng.choice([args[slot] for slot in _ASKED.values() if args[slot] != right])
+        strangers = {"who": NAMES, "place": SITES, "x": tuple(map(a, _THINGS))}[_ASKED[args["asked"]]]
+        return rng.choice([stranger for stranger in strangers if stranger != right])
 
-    def _pair(self, args: Args) -> tuple[str, str]:
-        """What the one asked for has, and what the other has."""
-        return (args["x"], args["y"]) if args["who"] == args["first"] else (args["y"], args["x"])
 
-
-_ALL: tuple[Kind, ...] = (*(Listing(), Filter(), Opposite(), Compare(), Repeat(), Echo(), Sort(), Count(), Fact()),)
+_ALL: tuple[Kind, ...] = (*(Listing(), Filter(), Opposite(), Repeat(), Echo(), Sort(), Count(), Fact()),)
 KINDS = {kind.name: kind for kind in _ALL}

@@ -16,13 +16,13 @@ __all__ = [
     "PLACES",
     "RAMBLE",
     "RUDE",
+    "SITES",
     "TRAITS",
     "WEATHER",
     "WITH_TRAIT",
     "Thing",
     "a",
     "listing",
-    "plural",
 ]
 
 # kind: name, colour, size, weight, feel
@@ -49,6 +49,7 @@ _OPPOSITES = (
     *(("old", "new"), ("loud", "quiet")),
 )
 OPPOSITE = dict(_OPPOSITES) | {b: a for a, b in _OPPOSITES}
+SITES = ("on the table", "on the shelf", "on the floor", "in the box", "in the bag", "in the barn")
 NAMES = ("anna", "ben", "clara", "david", "emma", "felix", "mia", "tom")
 COURTESY = ("sure,", "certainly,", "gladly,", "of course,", "with pleasure,")
 RUDE = ("silly question,", "listen, fool,", "how boring,", "you are lazy,")
@@ -83,10 +84,6 @@ WITH_TRAIT = {trait: tuple(t.name for t in ALL_THINGS.values() if trait in t.tra
 def a(name: str) -> str:
     """The name with its article."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def plural(kind: str, count: int) -> str:
-    return kind if count == 1 else f"{kind}s"
 
 
 def listing(names: Sequence[str]) -> str:
