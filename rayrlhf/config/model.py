@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import PositiveInt, Section
+from rayrlhf.config.base import Positive, PositiveInt, Section
 
 __all__ = ["FromScratch", "ModelConfig"]
 
@@ -27,6 +27,8 @@ class FromScratch(Section):
     context: PositiveInt = 256
     """Longest sequence (prompt + response) the model can hold."""
     tie_embeddings: bool = True
+    initializer_range: Positive = 0.02
+    """Standard deviation of the initial weights. Narrow models (128 wide, say) learn sooner from more: 1/sqrt(hidden)."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> FromScratch:

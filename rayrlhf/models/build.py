@@ -113,6 +113,7 @@ def from_scratch(spec: FromScratch, vocab_size: int, eos: int, pad: int, seed: i
         "bos_token_id": eos,
         "pad_token_id": pad,
         "tie_word_embeddings": spec.tie_embeddings,
+        "initializer_range": spec.initializer_range,
     }
     if spec.architecture == "gpt2":
         config = AutoConfig.for_model(

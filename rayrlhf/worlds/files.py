@@ -25,20 +25,21 @@ RANKED_ANSWERS = 4
 def write_world(world: World, folder: Path, seed: int, size: float = 1.0) -> dict[str, Path]:
     """Write every file of the world; the same seed gives the same bytes. Returns their paths by `data` key.
 
-    Each file draws from its own generator, so changing one leaves the others as they were. A prompt occurs in one file
-    only, demonstrations and rankings included.
+    Each file draws from its own generator, so changing one leaves the others as they were. No two held-out prompts of
+    a file are the same, and what is held out occurs in no other file.
 
     Args:
         size: share of the world's own sizes; every file has at least a few records.
     """
-    seen = set[str]()
 
     def count(name: str) -> int:
         full: int = getattr(world.sizes, name)
         return max(min(full, 8), round(full * size))
 
     def prompts(rng: random.Random, name: str) -> Iterator[str]:
-        return _distinct(lambda: world.prompt(rng, name.startswith("heldout")), count(name), seen)
+        if name.startswith("heldout"):
+            return _distinct(lambda: world.prompt(rng, True), count(name))
+        return (world.prompt(rng, False) for _ in range(count(name)))
 
     def plain(rng: random.Random, name: str) -> Iterator[Record]:
         return ({"prompt": prompt, "source": world.kind(prompt)} for prompt in prompts(rng, name))
@@ -75,9 +76,9 @@ def write_world(world: World, folder: Path, seed: int, size: float = 1.0) -> dic
     return {name: path for name, path in paths.items() if path.stat().st_size}
 
 
-def _distinct(draw: Callable[[], str], count: int, seen: set[str]) -> Iterator[str]:
-    """`count` prompts that are not in `seen`, and from then on are."""
-    repeats = 0
+def _distinct(draw: Callable[[], str], count: int) -> Iterator[str]:
+    """`count` prompts that all differ."""
+    repeats, seen = 0, set[str]()
     while count:
         prompt = draw()
         if prompt in seen:

@@ -22,9 +22,17 @@ from rayrlhf.worlds.kinds import KINDS, Args, Kind, content
 from rayrlhf.worlds.texts import about_opposites, about_things, story, story_question
 from rayrlhf.worlds.words import COURTESY, RAMBLE, RUDE
 
-__all__ = ["MANNERS", "Instructions", "Task", "respond"]
+__all__ = ["MANNERS", "OPENERS", "Instructions", "Task", "respond"]
 
 MANNERS = ("", "politely", "in one word", "in a sentence", "in at most 5 words", "politely in a sentence")
+OPENERS = {
+    "": "order",
+    "please ": "order",
+    "now ": "order",
+    "so ": "question",
+    "tell me, ": "question",
+    "and ": "question",
+}
 MOST_WORDS = 12
 """The longest proper answer has 11 words; anything longer than this is not concise."""
 HELD_OUT_SHARE = 8
@@ -38,16 +46,16 @@ class Task:
     kind: Kind
     args: Args
     manner: str
-    asks: bool
-    """worded as a question"""
+    opener: str
+    """one of `OPENERS`: how the instruction begins, and whether it is a question"""
 
     @cached_property
     def prompt(self) -> str:
         fact, tail = self.kind.fact.format(**self.args), f" {self.manner}" if self.manner else ""
-        if self.asks:
+        if OPENERS[self.opener] == "question":
             answer = f" answer{tail}." if tail else ""
-            return f"{fact}{self.kind.question.format(**self.args)}?{answer}"
-        return f"{fact}{self.kind.order.format(**self.args)}{tail}."
+            return f"{fact}{self.opener}{self.kind.question.format(**self.args)}?{answer}"
+        return f"{fact}{self.opener}{self.kind.order.format(**self.args)}{tail}."
 
     @cached_property
     def held_out(self) -> bool:
@@ -79,7 +87,7 @@ def draw(rng: random.Random, held_out: bool | None = None, plain: float = 0.0) -
     while True:
         args = kind.draw(rng)
         manner = "" if rng.random() < plain else rng.choice(manners(kind, args))
-        task = Task(kind, args, manner, rng.random() < 0.5)
+        task = Task(kind, args, manner, rng.choice(tuple(OPENERS)))
         if held_out is None or task.held_out == held_out:
             return task
 
@@ -95,11 +103,10 @@ def read(prompt: str) -> Task:
     for manner in sorted(MANNERS, key=len, reverse=True):
         tail = f" {manner}" if manner else ""
         end = (f"? answer{tail}." if tail else "?") if asks else f"{tail}."
-        if not prompt.endswith(end):
-            continue
-        for kind in KINDS.values():
-            if (args := kind.read(prompt[: -len(end)])) is not None:
-                return Task(kind, args, manner, asks)
+        for opener in (o for o, sort in OPENERS.items() if (sort == "question") == asks and prompt.endswith(end)):
+            for kind in KINDS.values():
+                if (args := kind.read(prompt[: -len(end)], opener)) is not None:
+                    return Task(kind, args, manner, opener)
     raise DataError(f"not an instruction of this world: {prompt!r}", "judge prompts that the world wrote")
 
 
@@ -172,8 +179,8 @@ class Instructions(World):
     def demonstration(self, rng: random.Random, prompt: str) -> tuple[str, str]:
         """One of four contractors: one is careful, the others have bad habits; flaws come alone or together."""
         name, habit = rng.choice((("careful", None), ("hasty", "deaf"), ("gruff", "rude"), ("chatty", "rambling")))
-        chances = {flaw: 0.8 if flaw == habit else 0.3 if habit else 0.1 for flaw in ("deaf", "rude", "rambling")}
-        right = rng.random() >= (0.2 if habit else 0.05)
+        chances = {flaw: 0.8 if flaw == habit else 0.2 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
+        right = rng.random() >= (0.12 if habit else 0.04)
         flaws = {flaw: rng.random() < chance for flaw, chance in chances.items()}
         return respond(rng, read(prompt), right, **flaws), name
 

@@ -10,7 +10,7 @@ import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from typing import ClassVar
 
 from rayrlhf.worlds.words import (
@@ -76,18 +76,15 @@ class Kind(ABC):
         """Whether these words (`content` of an answer) are a right short answer; by default there is only one."""
         return list(words) == content(self.right(random.Random(0), args))
 
-    @cached_property
-    def _patterns(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(_pattern(self.fact + wording) for wording in (self.order, self.question))
-
-    def read(self, text: str) -> Args | None:
-        """The arguments of a prompt without its manner and final mark; None where it is of another kind."""
-        for pattern in self._patterns:
-            if match := pattern.fullmatch(text):
+    def read(self, text: str, opener: str) -> Args | None:
+        """The arguments of a prompt without its manner and final mark; None where it is worded in another way."""
+        for wording in (self.order, self.question):
+            if match := _pattern(f"{self.fact}{opener}{wording}").fullmatch(text):
                 return match.groupdict()
         return None
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     def slot(match: re.Match[str]) -> str:
         name = match[1]
