@@ -10,6 +10,7 @@ from typing import Any
 from rayrlhf.actors.placement import TRAINING
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
 from rayrlhf.config import Config
+from rayrlhf.config.base import Section
 from rayrlhf.config.run import STAGES, StageName
 from rayrlhf.data.readers import fingerprint_sources
 from rayrlhf.errors import ConfigError
@@ -135,7 +136,7 @@ class Lineage:
             "seed": config.run.seed,
             "model": config.model.model_dump(mode="json"),
             "chat_template": _file_hash(config.model.chat_template),
-            "sections": {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[stage]},
+            "sections": {name: _section(config, name) for name in SECTIONS[stage]},
             "sources": sources,
             "limits": {name: getattr(config.data, name) for name in limits},
             "device": config.cluster.device,
@@ -144,6 +145,11 @@ class Lineage:
             **({"block_tokens": block_tokens(config)} if mixed else {}),
             **({"judge": hash_model_folder(absolute(judge))} if stage == "sft" and judge else {}),
         }
+
+
+def _section(config: Config, name: str) -> dict[str, Any] | None:
+    section: Section | None = getattr(config, name)  # `collect` may be left out
+    return None if section is None else section.model_dump(mode="json")
 
 
 def absolute(path: str) -> str:
