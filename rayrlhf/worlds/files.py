@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["write_world"]
 Record = dict[str, Any]
 # A world that repeats itself so often has fewer prompts than its sizes ask for.
 MOST_REPEATS = 10_000
+HELD_OUT = ("heldout_prompts", "heldout_rankings")
+TRAINING = ("demonstrations", "rankings", "ranking_prompts", "prompts")
 # Of a ranking of contractors' answers; `collect` ranks a policy's own.
 RANKED_ANSWERS = 4
 
@@ -25,31 +28,29 @@ RANKED_ANSWERS = 4
 def write_world(world: World, folder: Path, seed: int, size: float = 1.0) -> dict[str, Path]:
     """Write every file of the world; the same seed gives the same bytes. Returns their paths by `data` key.
 
-    Each file draws from its own generator, so changing one leaves the others as they were. A prompt occurs in one file
-    only, demonstrations and rankings included.
+    A prompt occurs in one file only, demonstrations and rankings included. What is written about the prompts of a file
+    comes from a generator of its own.
 
     Args:
         size: share of the world's own sizes; every file has at least a few records.
     """
-    seen = set[str]()
 
     def count(name: str) -> int:
         full: int = getattr(world.sizes, name)
         return max(min(full, 8), round(full * size))
 
-    def prompts(rng: random.Random, name: str) -> Iterator[str]:
-        return _distinct(lambda: world.prompt(rng, name.startswith("heldout")), count(name), seen)
+    prompts = _deal(world, seed, {name: count(name) for name in (*HELD_OUT, *TRAINING)})
 
     def plain(rng: random.Random, name: str) -> Iterator[Record]:
-        return ({"prompt": prompt, "source": world.kind(prompt)} for prompt in prompts(rng, name))
+        return ({"prompt": prompt, "source": world.kind(prompt)} for prompt in prompts[name])
 
     def demonstrations(rng: random.Random, name: str) -> Iterator[Record]:
-        for prompt in prompts(rng, name):
+        for prompt in prompts[name]:
             response, source = world.demonstration(rng, prompt)
             yield {"prompt": prompt, "response": response, "source": source}
 
     def rankings(rng: random.Random, name: str) -> Iterator[Record]:
-        return (_ranking(world, rng, prompt) for prompt in prompts(rng, name))
+        return (_ranking(world, rng, prompt) for prompt in prompts[name])
 
     def text(rng: random.Random, name: str) -> Iterator[Record]:
         return ({"text": world.document(rng)} for _ in range(count(name)))
@@ -73,6 +74,23 @@ def write_world(world: World, folder: Path, seed: int, size: float = 1.0) -> dic
         lines = "".join(json.dumps(record) + "\n" for record in make(random.Random(f"{seed} {name}"), name))
         paths[name].write_text(lines, encoding="utf-8", newline="\n")
     return {name: path for name, path in paths.items() if path.stat().st_size}
+
+
+def _deal(world: World, seed: int, counts: Mapping[str, int]) -> dict[str, list[str]]:
+    """Distinct prompts for each file, dealt in random order: a kind with few of them has its share of every file.
+
+    One file after the other would leave the last ones without such kinds, and PPO would never see what eval asks.
+    """
+    dealt: dict[str, list[str]] = {name: [] for name in counts}
+    seen = set[str]()
+    for names, heldout in ((HELD_OUT, True), (TRAINING, False)):
+        rng = random.Random(f"{seed} {'heldout' if heldout else 'training'} prompts")
+        turns = [name for name in names for _ in range(counts[name])]
+        rng.shuffle(turns)
+        found = _distinct(partial(world.prompt, rng, heldout), len(turns), seen)
+        for name, prompt in zip(turns, found, strict=True):
+            dealt[name].append(prompt)
+    return dealt
 
 
 def _distinct(draw: Callable[[], str], count: int, seen: set[str]) -> Iterator[str]:
