@@ -157,8 +157,9 @@ class _Evaluation:
                 measures["pretrain_loss"] = (await policy.call("text_loss", ray.put(blocks)))[0]
         if self.config.data.multiple_choice:
             examples, questions = data.multiple_choice
-            logprobs = (await policy.call("choice_logprobs", ray.put(examples)))[0]
-            measures["choices"] = [int(np.argmax(row)) == q.answer for row, q in zip(logprobs, questions, strict=True)]
+            if questions:
+                rows = (await policy.call("choice_logprobs", ray.put(examples)))[0]
+                measures["choices"] = [int(np.argmax(row)) == q.answer for row, q in zip(rows, questions, strict=True)]
         return measures
 
     def _write(self, arms: Mapping[str, _Arm]) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class Lineage:
             path = self.model(parent)
             if path is None and parent in to_come:
                 continue
+            if path is None and parent == "collect":
+                raise ConfigError(
+                    f"{stage} learns from the rankings of collect, and there are none for this config",
+                    "name collect in run.stages first, or set collect=null to use data.rankings",
+                )
             if path is None:
                 setting = "model.path" if parent == "pretrain" else f"{parent}.path"
                 raise ConfigError(
@@ -127,7 +132,7 @@ class Lineage:
         if "collect" in self.parents(stage):
             names = tuple(name for name in names if name not in ("rankings", "heldout_rankings"))
         sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in names}
-        judge = config.sft.select.reward_model
+        judge = {"sft": config.sft.select.reward_model, "eval": config.eval.reward_model}.get(stage)
         roles = ("train",) if stage in TRAINING else ("policy", "reference", "reward", "value", "rollout")
         limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
         return {
@@ -143,7 +148,8 @@ class Lineage:
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
             "parents": self.parent_keys(stage),
             **({"block_tokens": block_tokens(config)} if mixed else {}),
-            **({"judge": hash_model_folder(absolute(judge))} if stage == "sft" and judge else {}),
+            **({"judge": hash_model_folder(absolute(judge))} if judge else {}),
+            **({"world_module": _file_hash(config.world.module)} if "world" in SECTIONS[stage] else {}),
         }
 
 
@@ -159,7 +165,7 @@ def absolute(path: str) -> str:
 
 
 def _file_hash(path_or_text: str | None) -> str | None:
-    """Of what a chat template's file holds; Jinja text given in the config is already part of it."""
+    """Of what the file of a chat template or a world holds; Jinja text in the config is already part of it."""
     if path_or_text is None or "{" in path_or_text or not Path(path_or_text).is_file():
         return None
     return hashlib.sha256(Path(path_or_text).read_bytes()).hexdigest()
