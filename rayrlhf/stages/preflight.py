@@ -191,7 +191,8 @@ def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dic
             if stage == "ppo" and data.uses_text:
                 counts[stage]["text_blocks"] = len(data.pretrain.train)
             if stage == "eval":
-                counts[stage]["questions"] = len(data.multiple_choice[1])
+                kept = len(data.multiple_choice[1])
+                counts[stage] |= {"questions_kept": kept, "questions_dropped": len(data.questions) - kept}
             if stage == "collect":
                 counts[stage]["heldout_kept"] = len(data.heldout_prompts.tokens)
         elif stage in ("reward", "dpo") and data.waits_for_rankings:

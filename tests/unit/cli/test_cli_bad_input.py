@@ -565,6 +565,85 @@ def test_blocks_of_text_for_ppo_ptx_that_are_over_the_models_context_are_refused
     assert run_world(*given, "--dry-run", command="ppo").code == 0
 
 
+# ---- what eval and collect need
+
+
+def evaluated(models: Path, *overrides: str) -> list[str]:
+    """A config that evaluates given models on the prompts of PPO."""
+    given = [
+        f"model={{path: {models / 'policy'}}}",
+        f"sft.path={models / 'policy'}",
+        f"reward.path={models / 'reward'}",
+    ]
+    return [*given, "run.stages=[eval]", "data.heldout_prompts=[heldout_prompts.jsonl]", *overrides, "--dry-run"]
+
+
+def test_questions_are_read_before_anything_starts(run_world: Run, world: Path, models: Path) -> None:
+    given = evaluated(models, "data.multiple_choice=[multiple_choice.jsonl]")
+    questions = [json.dumps({"prompt": "p", "choices": ["a", end], "answer": 0}) for end in ("b", "c", "long " * 200)]
+    (world / "multiple_choice.jsonl").write_text("\n".join([*questions, questions[0]]) + "\n", encoding="utf-8")
+    shown = run_world(*given).out
+    assert re.search(r"^eval +kept 30, .*questions kept 3, questions dropped 1$", shown, flags=re.M)
+    spoil(world / "multiple_choice.jsonl", 4, '{"prompt": "p", "choices": ["a", "b"], "answer": 2}')
+    assert_refused(run_world(*given), f"DataError: {world / 'multiple_choice.jsonl'}:4: `answer` is 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such model folder"),
+        ("policy", "a LlamaForCausalLM with 2 labels has no reward head"),
+        ("foreign", "its vocabulary (270 tokens) does not fit the policy's (320)"),
+        ("short", "data.max_prompt_tokens 96 + rollout.max_tokens 32 is over the context of eval.reward_model 64"),
+    ],
+)
+def test_a_held_out_reward_model_that_does_not_fit_is_refused(
+    run_world: Run, models: Path, name: str, message: str
+) -> None:
+    done = run_world(*evaluated(models, f"eval.reward_model={models / name}"))
+    assert_refused(done, "eval.reward_model", message)
+
+
+def test_a_held_out_reward_model_that_fits_is_fine(run_world: Run, models: Path) -> None:
+    done = run_world(*evaluated(models, f"eval.reward_model={models / 'reward'}"))
+    assert (done.code, done.err) == (0, "")
+    assert "would run: eval; done before: nothing" in done.out
+
+
+def test_prompts_that_the_worlds_judge_does_not_know_are_refused(run_world: Run, world: Path, models: Path) -> None:
+    given = evaluated(models, "world={name: instructions, size: 0.01}")
+    assert run_world(*given).code == 0
+    spoil(world / "heldout_prompts.jsonl", 3, '{"prompt": "write a poem"}')
+    done = run_world(*given)
+    assert_refused(done, "DataError: data.heldout_prompts: not an instruction of this world: 'write a poem'")
+    assert "leave data.heldout_prompts empty for the prompts of world instructions" in done.err
+
+
+def test_an_arm_whose_estimator_cannot_work_is_refused(run_world: Run) -> None:
+    given = ("ppo.advantage=leave_one_out", "ppo.samples_per_prompt=4", "ppo.arms={a: {}, b: {samples_per_prompt: 1}}")
+    assert_refused(run_world(*given, "--dry-run"), "ppo.samples_per_prompt is 1")
+
+
+@pytest.mark.parametrize("stage", ["collect", "eval"])
+def test_a_head_size_is_refused_wherever_something_is_sampled(run_world: Run, stage: str) -> None:
+    heads = ("model.from_scratch.hidden_size=64", "model.from_scratch.heads=4")
+    given = ("world={name: instructions, size: 0.01}", "collect={}", f"run.stages=[pretrain, sft, {stage}]")
+    assert_refused(run_world(*heads, *given, "--dry-run"), "heads of size 16 cannot be sampled")
+
+
+def test_a_run_that_collects_reads_its_rankings_later(run_world: Run, world: Path) -> None:
+    (world / "rankings.jsonl").write_text("[]\n", encoding="utf-8")  # what collect makes stands in for it
+    given = (
+        "world={name: instructions, size: 0.02}",
+        "collect.heldout=5",
+        "run.stages=[pretrain, sft, collect, reward]",
+    )
+    done = run_world(*given, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^collect +kept 90, .*heldout kept 12$", done.out, flags=re.M)
+    assert "\nreward " not in done.out.partition("would run")[2]
+
+
 # ---- GPUs and CPUs: found once Ray has said what there is
 
 
@@ -613,14 +692,18 @@ def test_a_stage_without_its_parent_names_it(run_world: Run, command: str, paren
     assert_refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
 
 
-def test_a_dry_run_of_dpo_shows_its_workers_and_what_became_of_its_rankings(run_world: Run, models: Path) -> None:
+def test_a_dry_run_of_dpo_shows_its_workers_and_what_became_of_its_rankings(
+    run_world: Run, world: Path, models: Path
+) -> None:
     given = (f"model={{path: {models / 'policy'}}}", f"sft.path={models / 'policy'}")
     done = run_world(*given, "--dry-run", command="dpo")
     assert (done.code, done.err) == (0, "")
     assert re.search(r"│ dpo +│ train +│ +1 │", done.out)
     assert "policy" not in done.out.partition("\nplacement")[2]
     assert "would run: dpo; done before: nothing" in done.out
-    assert re.search(r"^dpo +kept 30, .*all ties 0$", done.out, flags=re.M)
+    ranks = [json.loads(line)["ranks"] for line in (world / "rankings.jsonl").read_text(encoding="utf-8").splitlines()]
+    ties = sum(len(set(row)) == 1 for row in ranks)
+    assert re.search(rf"^dpo +kept 30, .*all ties {ties}$", done.out, flags=re.M)
 
 
 def test_dpo_in_a_chain_is_placed_with_the_supervised_stages(run_world: Run) -> None:
