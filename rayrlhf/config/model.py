@@ -28,7 +28,7 @@ class FromScratch(Section):
     """Longest sequence (prompt + response) the model can hold."""
     tie_embeddings: bool = True
     initializer_range: Positive = 0.02
-    """Standard deviation of the initial weights. Narrow models (128 wide, say) learn sooner from more: 1/sqrt(hidden)."""
+    """Standard deviation of the initial weights. Narrow models learn sooner from more, 1/sqrt(hidden_size)."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> FromScratch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError, model_validator
@@ -20,6 +22,8 @@ __all__ = ["Config"]
 
 # Keys of `ppo` that say how its actors are built.
 ARM_FIXED = ("arms", "advantage", "zero_stage", "frozen_zero_stage")
+# What models beside the arms' are called, in a run's folder (`model_<name>`) and in its evaluation.
+NOT_ARMS = ("sft", "dpo", "ema")
 
 
 class Config(Section):
@@ -57,36 +61,30 @@ class Config(Section):
             return {"ppo_ptx" if self.ppo.ptx.coef else "ppo": self}
         return {name: self._arm(name, changes) for name, changes in self.ppo.arms.items()}
 
-    def _arm(self, name: str, changes: dict[str, Any]) -> Config:
+    def _arm(self, name: str, changes: Mapping[str, Any]) -> Config:
         tree = self.model_dump(mode="json")
         tree["ppo"]["arms"] = {}
         for dotted, value in changes.items():
-            *path, key = dotted.split(".")
-            section = tree["ppo"]
-            for part in path:
-                section = section.get(part) if isinstance(section, dict) else None
-            if not isinstance(section, dict) or key not in section:
-                raise ValueError(f"ppo.arms.{name}: ppo has no key {dotted!r}")
             if dotted in ARM_FIXED:
-                raise ValueError(f"ppo.arms.{name}: {dotted} belongs to the actors, which all arms share")
-            section[key] = value
+                raise ValueError(f"ppo.arms.{name}.{dotted}: belongs to the actors, which all arms share")
+            _set(tree["ppo"], dotted, value, f"ppo.arms.{name}")
         try:
             return Config.model_validate(tree)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"][1:])
-            raise ValueError(f"ppo.arms.{name}: {place}: {first['msg']}") from None
-
-    @model_validator(mode="after")
-    def _arms_can_be_run(self) -> Config:
-        if self.ppo.arms:
-            self.arms()
-        return self
+            raise ValueError(_first_of(error, f"ppo.arms.{name}")) from None
 
     @model_validator(mode="after")
     def _something_is_to_be_run(self) -> Config:
         if not self.stages():
             raise ValueError("run.stages leaves nothing to run: it is empty, or given models stand in for all of it")
+        return self
+
+    @model_validator(mode="after")
+    def _a_world_has_a_name(self) -> Config:
+        if self.world.module and not self.world.name:
+            raise ValueError("world.module is set but world.name is not: name the world that it registers")
+        if self.collect is not None and not self.world.name:
+            raise ValueError("collect needs world.name: only a world's simulated labelers rank what is sampled")
         return self
 
     @model_validator(mode="after")
@@ -111,14 +109,6 @@ class Config(Section):
                 f"sft.pretrain_mix.coef is {self.sft.pretrain_mix.coef:g} but data.text is empty: "
                 "give text, or set it to 0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _a_world_has_a_name(self) -> Config:
-        if self.world.module and not self.world.name:
-            raise ValueError("world.module is set but world.name is not: name the world that it registers")
-        if self.collect is not None and not self.world.name:
-            raise ValueError("collect needs world.name: only a world's simulated labelers rank what is sampled")
         return self
 
     @model_validator(mode="after")
@@ -174,14 +164,24 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _arms_can_be_run(self) -> Config:
+        for name in self.ppo.arms:
+            if name in NOT_ARMS or name.startswith("best_of_"):
+                raise ValueError(f"ppo.arms.{name}: {name} is what another model is called: name the arm otherwise")
+        if self.ppo.arms:
+            self.arms()
+        return self
+
 
 def check_context(config: Config, context: int, name: str) -> None:
     """Raise ValueError if any stage's longest sequence is over `context` tokens; `name` says whose limit it is."""
     stages, responses = config.stages(), {}
-    mixes_text = ("sft" in stages and config.sft.pretrain_mix.coef > 0) or ("ppo" in stages and config.ppo.ptx.coef > 0)
+    ptx = any(arm.ppo.ptx.coef for arm in config.arms().values())
+    mixes_text = ("sft" in stages and config.sft.pretrain_mix.coef > 0) or ("ppo" in stages and ptx)
     # The blocks of text for a named model are as long as its longest sequences, be sft or ppo run or not.
     has_blocks = mixes_text and config.model.path is not None
-    if "ppo" in stages or has_blocks:
+    if has_blocks or any(stage in stages for stage in ("collect", "ppo", "eval")):
         responses["rollout.max_tokens"] = config.rollout.max_tokens
     if "sft" in stages or ("reward" in stages and config.data.demonstrations) or has_blocks:
         responses["sft.max_response_tokens"] = config.sft.max_response_tokens
@@ -194,3 +194,26 @@ def check_context(config: Config, context: int, name: str) -> None:
             raise ValueError(
                 f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {key} {tokens} is over {name} {context}"
             )
+
+
+def _set(section: Any, dotted: str, value: Any, arm: str) -> None:
+    """Put `value` in the place of a dotted key that is there."""
+    *path, key = dotted.split(".")
+    for number, part in enumerate([*path, key]):
+        if not isinstance(section, dict) or part not in section:
+            keys = list(section) if isinstance(section, dict) else []
+            near = difflib.get_close_matches(part, keys, n=1, cutoff=0.5)
+            nearest = f"; did you mean {'.'.join([arm, *path[:number], near[0]])}?" if near else ""
+            raise ValueError(f"{arm}.{dotted}: ppo has no such key{nearest}")
+        if number < len(path):
+            section = section[part]
+    section[key] = value
+
+
+def _first_of(error: ValidationError, arm: str) -> str:
+    """The first error of an arm's config, by the key that the user wrote where it is one of `ppo`."""
+    first = error.errors()[0]
+    place = ".".join([arm, *(str(part) for part in first["loc"][1:])])
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}"
+    return f"{place}: found {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -124,7 +124,7 @@ class _Rankings:
             yield {**record, "ranks": ranks([round(score, 6) for score in scores]), "source": "gold"}
 
     def summary(self) -> dict[str, Any]:
-        if not self._gold:
+        if not self._pairs:
             raise DataError("collect: no prompt has two different responses to rank", "raise collect.most")
         agreed, decided = (sum(row[i] for row in self._agreed.values()) for i in (0, 1))
         flawless = sum(score > 1 - 1e-9 for score in self._gold)

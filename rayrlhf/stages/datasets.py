@@ -150,9 +150,12 @@ class Datasets:
     @cached_property
     def multiple_choice(self) -> tuple[list[RankingExample], list[ChoiceQuestion]]:
         """(each question's choices as sequences, the questions); those longer than a block of text are left out."""
-        data = self._config.data
-        questions = self._first(read_choices(data.multiple_choice, data.root))
-        return tokenized.tokenize_choices(self.tokenizer, questions, block_tokens(self._config))
+        return tokenized.tokenize_choices(self.tokenizer, self.questions, block_tokens(self._config))
+
+    @cached_property
+    def questions(self) -> list[ChoiceQuestion]:
+        """Those of `data.multiple_choice`, long ones included."""
+        return self._first(read_choices(self._config.data.multiple_choice, self._config.data.root))
 
     def _prompts(self, sources: Sequence[str]) -> Prompts:
         data = self._config.data

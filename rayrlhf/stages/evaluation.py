@@ -177,8 +177,9 @@ class _Evaluation:
                 measures["pretrain_loss"] = (await policy.call("text_loss", ray.put(blocks)))[0]
         if self.config.data.multiple_choice:
             examples, questions = data.multiple_choice
-            logprobs = (await policy.call("choice_logprobs", ray.put(examples)))[0]
-            measures["choices"] = [choice(q, row) for q, row in zip(questions, logprobs, strict=True)]
+            if questions:
+                logprobs = (await policy.call("choice_logprobs", ray.put(examples)))[0]
+                measures["choices"] = [choice(q, row) for q, row in zip(questions, logprobs, strict=True)]
         return measures
 
     def _write(self, arms: Mapping[str, _Arm]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from rayrlhf.actors.placement import TRAINING
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
 from rayrlhf.config import Config
+from rayrlhf.config.base import Section
 from rayrlhf.config.run import STAGES, StageName
 from rayrlhf.data.readers import fingerprint_sources
 from rayrlhf.errors import ConfigError
@@ -109,6 +110,11 @@ class Lineage:
             path = self.model(parent)
             if path is None and parent in to_come:
                 continue
+            if path is None and parent == "collect":
+                raise ConfigError(
+                    f"{stage} learns from the rankings of collect, and there are none for this config",
+                    "name collect in run.stages first, or set collect=null to use data.rankings",
+                )
             if path is None:
                 setting = "model.path" if parent == "pretrain" else f"{parent}.path"
                 raise ConfigError(
@@ -126,7 +132,7 @@ class Lineage:
         if "collect" in self.parents(stage):
             names = tuple(name for name in names if name not in ("rankings", "heldout_rankings"))
         sources = {name: fingerprint_sources(getattr(config.data, name), config.data.root) for name in names}
-        judge = config.sft.select.reward_model
+        judge = {"sft": config.sft.select.reward_model, "eval": config.eval.reward_model}.get(stage)
         roles = ("train",) if stage in TRAINING else ("policy", "reference", "reward", "value", "rollout")
         limits = ("heldout_fraction", "max_prompt_tokens", "overlong_prompts", "max_records")
         return {
@@ -135,15 +141,21 @@ class Lineage:
             "seed": config.run.seed,
             "model": config.model.model_dump(mode="json"),
             "chat_template": _file_hash(config.model.chat_template),
-            "sections": {name: getattr(config, name).model_dump(mode="json") for name in SECTIONS[stage]},
+            "sections": {name: _section(config, name) for name in SECTIONS[stage]},
             "sources": sources,
             "limits": {name: getattr(config.data, name) for name in limits},
             "device": config.cluster.device,
             "ranks": {role: getattr(getattr(config.cluster, role), "ranks", None) for role in roles},
             "parents": self.parent_keys(stage),
             **({"block_tokens": block_tokens(config)} if mixed else {}),
-            **({"judge": hash_model_folder(absolute(judge))} if stage == "sft" and judge else {}),
+            **({"judge": hash_model_folder(absolute(judge))} if judge else {}),
+            **({"world_module": _file_hash(config.world.module)} if "world" in SECTIONS[stage] else {}),
         }
+
+
+def _section(config: Config, name: str) -> dict[str, Any] | None:
+    section: Section | None = getattr(config, name)  # `collect` may be left out
+    return None if section is None else section.model_dump(mode="json")
 
 
 def absolute(path: str) -> str:
@@ -153,7 +165,7 @@ def absolute(path: str) -> str:
 
 
 def _file_hash(path_or_text: str | None) -> str | None:
-    """Of what a chat template's file holds; Jinja text given in the config is already part of it."""
+    """Of what the file of a chat template or a world holds; Jinja text in the config is already part of it."""
     if path_or_text is None or "{" in path_or_text or not Path(path_or_text).is_file():
         return None
     return hashlib.sha256(Path(path_or_text).read_bytes()).hexdigest()

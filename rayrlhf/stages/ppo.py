@@ -31,7 +31,7 @@ from rayrlhf.stages.roles import MODEL_ROLES, RoleSet, first_ratio
 from rayrlhf.stages.saving import PolicySaver
 from rayrlhf.stages.verification import VerifiedLearners
 
-__all__ = ["run_ppo_stage"]
+__all__ = ["judge_of", "run_ppo_stage"]
 
 
 def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -39,6 +39,15 @@ def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Pat
     model_<arm>/ of the others."""
     context.ensure_ray()
     return asyncio.run(_Run(context, parents, workspace).run())
+
+
+def judge_of(config: Config, prompts: dict[int, str]) -> Judge | None:
+    """The world's judge of these prompts, if there is a world; its file by the full path: actors may live elsewhere."""
+    world = config.world
+    if world.name is None:
+        return None
+    is_file = world.module is not None and world.module.endswith(".py")
+    return Judge(world.name, str(Path(world.module or "").resolve()) if is_file else world.module, prompts)
 
 
 class _Run:
@@ -51,7 +60,8 @@ class _Run:
         sft, reward = parents["sft"], parents["reward"]
         models = {"policy": sft, "reference": sft, "reward": reward, "value": reward}
         roles = [placement.role for placement in plan_ppo(context.config)]
-        self.roles = RoleSet(context, roles, models, context.data.prompts.tokens, self._judge())
+        judge = judge_of(context.config, context.data.prompts.texts)
+        self.roles = RoleSet(context, roles, models, context.data.prompts.tokens, judge)
         self.parents = parents
 
     async def run(self) -> dict[str, Any]:
@@ -88,12 +98,6 @@ class _Run:
         for folder in others:
             shutil.copytree(folder / "model", self.workspace / f"model_{folder.name}")
         shutil.rmtree(self.workspace / "arms", ignore_errors=True)
-
-    def _judge(self) -> Judge | None:
-        world = self.context.config.world
-        if world.name is None:
-            return None
-        return Judge(world.name, world.module, self.context.data.prompts.texts)
 
     def text_blocks(self) -> np.ndarray:
         """int32 [blocks, L]: what PPO-ptx reads."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from rayrlhf.actors.placement import SAMPLING
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config, check_context
 from rayrlhf.config.data import SOURCE_FIELDS
@@ -19,13 +20,30 @@ from rayrlhf.models.build import context_length, has_residual_dropout, read_conf
 from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.weights.transports import TRANSPORTS
+from rayrlhf.worlds.base import create_world
 
 # vLLM 0.32's CPU attention; a CUDA build has its own, wider list.
 # Config keys of models (gemma2, granite, cohere) that cap or scale what their head gives.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-__all__ = ["check_data", "check_files", "check_models", "check_output", "check_selection", "check_verify_step"]
+__all__ = [
+    "check_data",
+    "check_evaluation",
+    "check_files",
+    "check_models",
+    "check_output",
+    "check_selection",
+    "check_verify_step",
+    "check_world",
+]
+
+# The prompts that a stage samples for, by their keys in `data`; the first one's counts are shown.
+SAMPLED: dict[StageName, tuple[str, ...]] = {
+    "collect": ("ranking_prompts", "heldout_prompts"),
+    "ppo": ("prompts",),
+    "eval": ("heldout_prompts",),
+}
 
 
 def check_files(config: Config) -> None:
@@ -47,19 +65,24 @@ def check_models(config: Config) -> None:
         known = ", ".join(sorted(TRANSPORTS))
         raise ConfigError(f"weights.transport: no transport {config.weights.transport!r}", f"one of {known}")
     if "ppo" in config.stages():
-        _check_advantage(config)
+        for arm in config.arms().values():
+            _check_advantage(arm)
     named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
     for key, path in named.items():
         if path is not None:
             _check_model(config, key, absolute(path))
     if "sft" in config.stages() and config.sft.dropout:
         _check_dropout(config)
-    if "ppo" in config.stages() and config.cluster.device == "cpu":
+    if config.cluster.device == "cpu" and any(stage in SAMPLING for stage in config.stages()):
         _check_head_size(config)
     if config.reward.path is not None and "ppo" in config.stages():
         _check_reward_model(config, absolute(config.reward.path))
     if "sft" in config.stages() and config.sft.select.reward_model is not None:
-        _check_judge(config, absolute(config.sft.select.reward_model))
+        judge, longest = absolute(config.sft.select.reward_model), config.sft.max_response_tokens
+        _check_judge(config, "sft.select.reward_model", judge, "sft.max_response_tokens", longest)
+    if "eval" in config.stages() and config.eval.reward_model is not None:
+        judge = absolute(config.eval.reward_model)
+        _check_judge(config, "eval.reward_model", judge, "rollout.max_tokens", config.rollout.max_tokens)
 
 
 def check_verify_step(config: Config, step: int) -> None:
@@ -163,11 +186,15 @@ def check_data(data: Datasets, todo: Sequence[StageName]) -> dict[StageName, dic
     """
     counts: dict[StageName, dict[str, int]] = {}
     for stage in todo:
-        sampled = {"collect": "ranking_prompts", "ppo": "prompts", "eval": "heldout_prompts"}
-        if stage in sampled:
-            counts[stage] = dict(getattr(data, sampled[stage]).counts)
+        if stage in SAMPLED:
+            counts[stage] = dict(getattr(data, SAMPLED[stage][0]).counts)
             if stage == "ppo" and data.uses_text:
                 counts[stage]["text_blocks"] = len(data.pretrain.train)
+            if stage == "eval":
+                kept = len(data.multiple_choice[1])
+                counts[stage] |= {"questions_kept": kept, "questions_dropped": len(data.questions) - kept}
+            if stage == "collect":
+                counts[stage]["heldout_kept"] = len(data.heldout_prompts.tokens)
         elif stage in ("reward", "dpo") and data.waits_for_rankings:
             continue  # they are sampled and ranked first
         else:
@@ -188,6 +215,28 @@ def check_selection(config: Config, data: Datasets) -> None:
         )
     if select.reward_model is not None:
         _check_vocabulary(config, "sft.select.reward_model", absolute(select.reward_model), data.tokenizer)
+
+
+def check_evaluation(config: Config, data: Datasets) -> None:
+    """The reward model that judges all answers reads the same tokens."""
+    if config.eval.reward_model is not None:
+        _check_vocabulary(config, "eval.reward_model", absolute(config.eval.reward_model), data.tokenizer)
+
+
+def check_world(config: Config, data: Datasets, todo: Sequence[StageName]) -> None:
+    """The world's judge, if there is one, knows every prompt that will be sampled for."""
+    if config.world.name is None:
+        return
+    world = create_world(config.world.name, config.world.module)
+    for name in sorted({name for stage in todo for name in SAMPLED.get(stage, ())}):
+        for prompt in getattr(data, name).texts.values():
+            try:
+                world.flags(prompt, "", True)
+            except DataError as error:
+                raise DataError(
+                    f"data.{name}: {error.message}",
+                    f"leave data.{name} empty for the prompts of world {config.world.name}, or set world.name=null",
+                ) from None
 
 
 def _check_dropout(config: Config) -> None:
@@ -230,16 +279,19 @@ def _check_reward_model(config: Config, path: str) -> None:
     _check_vocabulary(config, "reward.path", path, tokenizer)
 
 
-def _check_judge(config: Config, path: str) -> None:
-    """The reward model of `sft.select`, all but its vocabulary: a policy from scratch has no tokenizer yet."""
-    key, longest = "sft.select.reward_model", config.data.max_prompt_tokens + config.sft.max_response_tokens
+def _check_judge(config: Config, key: str, path: str, longest: str, tokens: int) -> None:
+    """A reward model that `key` names, all but its vocabulary: a policy from scratch has no tokenizer yet.
+
+    Args:
+        longest: the key of the longest response, and what it is.
+    """
     shape = _check_shape(config, key, path)
     _check_reward_head(key, path, shape)
     limit = context_length(shape)
-    if limit is not None and longest > limit:
+    if limit is not None and config.data.max_prompt_tokens + tokens > limit:
         raise ConfigError(
-            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + sft.max_response_tokens "
-            f"{config.sft.max_response_tokens} is over the context of {key} {limit}",
+            f"data.max_prompt_tokens {config.data.max_prompt_tokens} + {longest} {tokens} is over the context of "
+            f"{key} {limit}",
             "shorten them, or take a model with a longer context",
         )
 

@@ -80,6 +80,9 @@ def run(config: Config, console: Console, dry_run: bool = False, verify_step: in
     counts = preflight.check_data(data, todo)
     if "sft" in todo:
         preflight.check_selection(config, data)
+    if "eval" in todo:
+        preflight.check_evaluation(config, data)
+    preflight.check_world(config, data, todo)
     _check_parents(config, lineage, todo)
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -69,16 +69,16 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     console.print(f"records, samples and logs are in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
-# measure -> its heading; a missing one has no column
-_ARM_COLUMNS = {
+# measure -> what it is called; a missing one has no row
+_ARM_ROWS = {
     "gold_win_rate": "gold win rate",
     "length_controlled_win_rate": "at equal length",
     "heldout_reward_win_rate": "held-out reward wins",
     "gold_mean": "gold",
     "reward_mean": "reward",
-    "kl_per_response": "KL, nats",
-    "length_mean": "tokens",
-    "pretrain_loss": "text loss",
+    "kl_per_response": "KL, nats a response",
+    "length_mean": "tokens a response",
+    "pretrain_loss": "loss on text",
     "cloze_accuracy": "choices right",
     "distinct_2": "distinct-2",
 }
@@ -96,18 +96,18 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 
 def _arms_table(evaluation: Mapping[str, Any]) -> Table:
-    """One row an arm; a win rate is against SFT, and what follows +- is half of its 95 % interval."""
-    columns = {name: heading for name, heading in _ARM_COLUMNS.items() if name in evaluation}
+    """One column an arm; a win rate is against the base, and what follows +- is half of its 95 % interval."""
+    rows = {name: heading for name, heading in _ARM_ROWS.items() if name in evaluation}
+    arms = dict.fromkeys(arm for name in rows if not name.endswith("win_rate") for arm in evaluation[name])
     base = evaluation["base"]
     title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over {base}"
     table = Table(title=title, title_justify="left")
-    table.add_column("arm")
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    arms = dict.fromkeys(arm for name in columns if not name.endswith("win_rate") for arm in evaluation[name])
+    table.add_column("")
     for arm in arms:
-        cells = [evaluation[name].get(f"{arm}_vs_{base}", evaluation[name].get(arm)) for name in columns]
-        table.add_row(arm, *(_with_interval(cell) for cell in cells))
+        table.add_column(arm.replace("_", " "), justify="right")
+    for name, heading in rows.items():
+        cells = [evaluation[name].get(f"{arm}_vs_{base}", evaluation[name].get(arm)) for arm in arms]
+        table.add_row(heading, *(_with_interval(cell) for cell in cells))
     return table
 
 

@@ -160,16 +160,16 @@ class Instructions(World):
     weights: ClassVar = {"right": 0.55, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.1}
 
     def document(self, rng: random.Random) -> str:
-        """Exercises four times in five; else plain statements, or a story that no instruction touches.
+        """Mostly exercises; else plain statements, or a story that no instruction touches.
 
         The exercises are in the very wording of the instructions. Half of them are answered rightly, the others are
         answered in several ways, each marked straight after its full stop: a reward model can only prefer right content
         if pretraining taught it to tell right from wrong.
         """
         chance = rng.random()
-        if chance < 0.8:
+        if chance < 0.76:
             return "\n".join(_exercise(rng) for _ in range(3))
-        if chance < 0.9:
+        if chance < 0.86:
             return rng.choice((about_things, about_things, about_opposites))(rng)
         return story(rng)
 

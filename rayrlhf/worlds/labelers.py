@@ -25,10 +25,10 @@ class Labeler:
 
 
 PANEL = (
-    Labeler("labeler_1", 0.06),
-    Labeler("labeler_2", 0.08, {"civil": 2.0, "concise": 0.5}),
-    Labeler("labeler_3", 0.08, {"concise": 2.0}),
-    Labeler("labeler_4", 0.10, {"manner": 1.5}),
+    Labeler("labeler_1", 0.09),
+    Labeler("labeler_2", 0.09, {"civil": 2.0, "concise": 0.5}),
+    Labeler("labeler_3", 0.09, {"concise": 2.0}),
+    Labeler("labeler_4", 0.10, {"manner": 2.0}),
     Labeler("labeler_5", 0.14, {"manner": 0.5, "civil": 0.5}),
 )
 """The people who rank in the built-in world; each ranks its share of the prompts."""

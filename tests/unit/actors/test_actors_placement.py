@@ -11,7 +11,7 @@ from rayrlhf.errors import ResourceError
 def config(**cluster) -> Config:
     rollout = cluster.pop("engines", {})
     return Config.model_validate(
-        {"model": {"path": "org/name"}, "world": {"name": "starter"}, "cluster": cluster, "rollout": rollout}
+        {"model": {"path": "org/name"}, "world": {"name": "instructions"}, "cluster": cluster, "rollout": rollout}
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import ray
-from rayrlhf.worlds.starter import write_starter
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import rayrlhf.actors.cluster
@@ -27,6 +26,8 @@ from rayrlhf.data.split import split_by_prompt
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.errors import ResourceError
 from rayrlhf.stages.datasets import Datasets
+from rayrlhf.worlds.base import create_world
+from rayrlhf.worlds.files import write_world
 
 ROOT = Path(__file__).parents[3]
 FILES = ("text", "demonstrations", "rankings", "heldout_rankings", "prompts")
@@ -52,9 +53,9 @@ rollout: {max_tokens: 32}
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first records of each file of the starter world, and a config that reads them."""
+    """The first records of each file of the built-in world, and a config that reads them."""
     folder = tmp_path_factory.mktemp("world")
-    for path in write_starter(folder).values():
+    for path in write_world(create_world("instructions"), folder, seed=0, size=0.1).values():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[:30]), encoding="utf-8")
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
@@ -229,7 +230,7 @@ def test_a_key_or_value_that_cannot_be_is_refused(run_world: Run, override: str,
 @pytest.mark.parametrize(
     ("override", "sections"),
     [
-        ("world.name=starter", ("world.name", "data section")),
+        ("world.module=mine.py", ("world.module is set", "world.name is not")),
         (
             "rollout.max_tokens=100",
             ("data.max_prompt_tokens 96", "rollout.max_tokens 100", "model.from_scratch.context"),
@@ -240,7 +241,7 @@ def test_a_key_or_value_that_cannot_be_is_refused(run_world: Run, override: str,
     ],
 )
 def test_contradicting_sections_are_both_named(run_world: Run, override: str, sections: tuple[str, ...]) -> None:
-    assert_refused(run_world(override), "contradict" if "world" in override else "", *sections)
+    assert_refused(run_world(override), *sections)
 
 
 def test_broken_yaml_is_named_by_file_and_line(run_world: Run, world: Path) -> None:
@@ -367,9 +368,9 @@ def test_prompts_over_the_limit_are_dropped_and_counted_by_default(run_world: Ru
     long_prompts(world)
     assert run_world("--dry-run").code == 0
     config = load_config(world / "config.yaml", [f"data.root={world}"], {})
-    kept, counts = Datasets(config, None).prompts
-    assert counts == {"kept": 3, "dropped": 2, "truncated": 0}
-    assert [prompt.prompt_id for prompt in kept] == [0, 2, 4]
+    prompts = Datasets(config, None).prompts
+    assert prompts.counts == {"kept": 3, "dropped": 2, "truncated": 0}
+    assert [prompt.prompt_id for prompt in prompts.tokens] == [0, 2, 4]
 
 
 def test_a_limit_that_leaves_no_prompt_is_refused_even_with_drop(run_world: Run) -> None:
@@ -379,10 +380,12 @@ def test_a_limit_that_leaves_no_prompt_is_refused_even_with_drop(run_world: Run)
 def test_held_out_demonstrations_that_are_all_too_long_are_dropped_like_others(world: Path) -> None:
     file = world / "demonstrations.jsonl"
     config = load_config(world / "config.yaml", [f"data.root={world}", "data.heldout_fraction=0.04"], {})
-    # The split goes by prompt: lengthen prompts until one that is held out is too long and alone.
+    # The split goes by prompt: those that even half of the prompts leave in training, and long ones until one is not.
+    training, _ = split_by_prompt(read_demonstrations([file.name], world), 0.5, 0)
+    short = [json.dumps({"prompt": r.prompt[0][1], "response": r.response}) for r in training]
     for number in range(1000):
         prompt = f"{number} " + "long " * 200
-        rows = [record(file, line) for line in range(1, 21)] + [record(file, 21, prompt=prompt)]
+        rows = [*short, record(file, 1, prompt=prompt)]
         (world / "tried.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
         _, held = split_by_prompt(read_demonstrations(["tried.jsonl"], world), 0.04, 0)
         if [h.prompt[0][1] for h in held] == [prompt]:
@@ -532,7 +535,7 @@ def test_epochs_that_no_held_out_demonstration_can_judge_are_refused(run_world: 
 
 def test_text_to_mix_in_is_read_before_anything_starts(run_world: Run, world: Path, models: Path) -> None:
     given = (f"model={{path: {models / 'policy'}}}", "sft.pretrain_mix.coef=0.1")
-    assert "text_blocks" not in run_world(given[0], "--dry-run").out
+    assert "text blocks" not in run_world(given[0], "--dry-run").out
     assert re.search(r"sft +kept .* text blocks [1-9]", run_world(*given, "--dry-run").out)
     (world / "text.jsonl").write_text('{"text": "short"}\n', encoding="utf-8")
     assert_refused(run_world(*given), "DataError: the pretraining text has", "less than one block of 128")
@@ -560,6 +563,85 @@ def test_blocks_of_text_for_ppo_ptx_that_are_over_the_models_context_are_refused
         "data.max_prompt_tokens 96 + sft.max_response_tokens 33 is over the context of model.path 128",
     )
     assert run_world(*given, "--dry-run", command="ppo").code == 0
+
+
+# ---- what eval and collect need
+
+
+def evaluated(models: Path, *overrides: str) -> list[str]:
+    """A config that evaluates given models on the prompts of PPO."""
+    given = [
+        f"model={{path: {models / 'policy'}}}",
+        f"sft.path={models / 'policy'}",
+        f"reward.path={models / 'reward'}",
+    ]
+    return [*given, "run.stages=[eval]", "data.heldout_prompts=[heldout_prompts.jsonl]", *overrides, "--dry-run"]
+
+
+def test_questions_are_read_before_anything_starts(run_world: Run, world: Path, models: Path) -> None:
+    given = evaluated(models, "data.multiple_choice=[multiple_choice.jsonl]")
+    questions = [json.dumps({"prompt": "p", "choices": ["a", end], "answer": 0}) for end in ("b", "c", "long " * 200)]
+    (world / "multiple_choice.jsonl").write_text("\n".join([*questions, questions[0]]) + "\n", encoding="utf-8")
+    shown = run_world(*given).out
+    assert re.search(r"^eval +kept 30, .*questions kept 3, questions dropped 1$", shown, flags=re.M)
+    spoil(world / "multiple_choice.jsonl", 4, '{"prompt": "p", "choices": ["a", "b"], "answer": 2}')
+    assert_refused(run_world(*given), f"DataError: {world / 'multiple_choice.jsonl'}:4: `answer` is 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such model folder"),
+        ("policy", "a LlamaForCausalLM with 2 labels has no reward head"),
+        ("foreign", "its vocabulary (270 tokens) does not fit the policy's (320)"),
+        ("short", "data.max_prompt_tokens 96 + rollout.max_tokens 32 is over the context of eval.reward_model 64"),
+    ],
+)
+def test_a_held_out_reward_model_that_does_not_fit_is_refused(
+    run_world: Run, models: Path, name: str, message: str
+) -> None:
+    done = run_world(*evaluated(models, f"eval.reward_model={models / name}"))
+    assert_refused(done, "eval.reward_model", message)
+
+
+def test_a_held_out_reward_model_that_fits_is_fine(run_world: Run, models: Path) -> None:
+    done = run_world(*evaluated(models, f"eval.reward_model={models / 'reward'}"))
+    assert (done.code, done.err) == (0, "")
+    assert "would run: eval; done before: nothing" in done.out
+
+
+def test_prompts_that_the_worlds_judge_does_not_know_are_refused(run_world: Run, world: Path, models: Path) -> None:
+    given = evaluated(models, "world={name: instructions, size: 0.01}")
+    assert run_world(*given).code == 0
+    spoil(world / "heldout_prompts.jsonl", 3, '{"prompt": "write a poem"}')
+    done = run_world(*given)
+    assert_refused(done, "DataError: data.heldout_prompts: not an instruction of this world: 'write a poem'")
+    assert "leave data.heldout_prompts empty for the prompts of world instructions" in done.err
+
+
+def test_an_arm_whose_estimator_cannot_work_is_refused(run_world: Run) -> None:
+    given = ("ppo.advantage=leave_one_out", "ppo.samples_per_prompt=4", "ppo.arms={a: {}, b: {samples_per_prompt: 1}}")
+    assert_refused(run_world(*given, "--dry-run"), "ppo.samples_per_prompt is 1")
+
+
+@pytest.mark.parametrize("stage", ["collect", "eval"])
+def test_a_head_size_is_refused_wherever_something_is_sampled(run_world: Run, stage: str) -> None:
+    heads = ("model.from_scratch.hidden_size=64", "model.from_scratch.heads=4")
+    given = ("world={name: instructions, size: 0.01}", "collect={}", f"run.stages=[pretrain, sft, {stage}]")
+    assert_refused(run_world(*heads, *given, "--dry-run"), "heads of size 16 cannot be sampled")
+
+
+def test_a_run_that_collects_reads_its_rankings_later(run_world: Run, world: Path) -> None:
+    (world / "rankings.jsonl").write_text("[]\n", encoding="utf-8")  # what collect makes stands in for it
+    given = (
+        "world={name: instructions, size: 0.02}",
+        "collect.heldout=5",
+        "run.stages=[pretrain, sft, collect, reward]",
+    )
+    done = run_world(*given, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert re.search(r"^collect +kept 90, .*heldout kept 12$", done.out, flags=re.M)
+    assert "\nreward " not in done.out.partition("would run")[2]
 
 
 # ---- GPUs and CPUs: found once Ray has said what there is
@@ -610,14 +692,18 @@ def test_a_stage_without_its_parent_names_it(run_world: Run, command: str, paren
     assert_refused(run_world(command=command), f"{command} starts from the {parent} model, and there is none")
 
 
-def test_a_dry_run_of_dpo_shows_its_workers_and_what_became_of_its_rankings(run_world: Run, models: Path) -> None:
+def test_a_dry_run_of_dpo_shows_its_workers_and_what_became_of_its_rankings(
+    run_world: Run, world: Path, models: Path
+) -> None:
     given = (f"model={{path: {models / 'policy'}}}", f"sft.path={models / 'policy'}")
     done = run_world(*given, "--dry-run", command="dpo")
     assert (done.code, done.err) == (0, "")
     assert re.search(r"│ dpo +│ train +│ +1 │", done.out)
     assert "policy" not in done.out.partition("\nplacement")[2]
     assert "would run: dpo; done before: nothing" in done.out
-    assert re.search(r"^dpo +kept 30, .*all ties 0$", done.out, flags=re.M)
+    ranks = [json.loads(line)["ranks"] for line in (world / "rankings.jsonl").read_text(encoding="utf-8").splitlines()]
+    ties = sum(len(set(row)) == 1 for row in ranks)
+    assert re.search(rf"^dpo +kept 30, .*all ties {ties}$", done.out, flags=re.M)
 
 
 def test_dpo_in_a_chain_is_placed_with_the_supervised_stages(run_world: Run) -> None:
@@ -666,16 +752,16 @@ def test_a_command_that_cannot_be_parsed_exits_2_and_shows_the_usage(
     assert "Traceback" not in done.out + done.err
 
 
-def test_a_dry_run_of_the_demo_shows_config_and_every_role_and_starts_nothing(
+def test_a_dry_run_of_the_smallest_run_shows_config_and_every_role_and_starts_nothing(
     rayrlhf_command: Run, tmp_path: Path
 ) -> None:
-    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml", f"run.output={tmp_path}", "--dry-run")
+    done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml", f"run.output={tmp_path}", "--dry-run")
     assert (done.code, done.err) == (0, "")
     for role in ("train", "policy", "reference", "reward", "value", "rollout"):
         assert re.search(rf"│ {role} +│ +1 │", done.out)
     assert "learning_rate: 0.0001" in done.out
     assert "needs at once: 2 CPUs, 0 GPUs" in done.out
-    assert not (tmp_path / "demo").exists()
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_the_config_that_a_dry_run_prints_can_be_read_again(run_world: Run, world: Path, tmp_path: Path) -> None:
@@ -692,14 +778,14 @@ def test_ctrl_c_exits_130_and_says_so(rayrlhf_command: Run, monkeypatch: pytest.
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rayrlhf.stages.run, "run", interrupted)
-    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml")
+    done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml")
     assert done.code == 130
     assert "interrupted" in done.err
 
 
 def test_an_output_folder_that_is_a_file_is_refused(rayrlhf_command: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = rayrlhf_command("run", ROOT / "configs" / "demo.yaml", f"run.output={tmp_path / 'file'}", "--dry-run")
+    done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml", f"run.output={tmp_path / 'file'}", "--dry-run")
     assert_refused(done, str(tmp_path / "file"))
 
 

@@ -156,7 +156,7 @@ def test_an_override_below_a_plain_value_is_refused(tmp_path: Path) -> None:
             "model.from_scratch.hiden_size=1",
             "model.from_scratch.hiden_size: unknown key; did you mean model.from_scratch.hidden_size?",
         ),
-        ("world.xyzzy=1", "world.xyzzy: unknown key; did you mean one of name, seed?"),
+        ("world.xyzzy=1", "world.xyzzy: unknown key; did you mean one of module, name, seed, size?"),
     ],
 )
 def test_an_unknown_key_is_named_by_its_dotted_path_with_the_nearest_valid_one(
@@ -214,14 +214,13 @@ def test_every_wrong_key_is_reported_not_only_the_first(base: Path) -> None:
         ("run.name=../up", "run.name: found '../up'; string should match pattern "),
         (
             "run.stages=[pretrain, rm]",
-            "run.stages.1: found 'rm'; input should be 'pretrain', 'sft', 'reward', 'dpo' or",
+            "run.stages.1: found 'rm'; input should be 'pretrain', 'sft', 'collect', 'reward', 'dpo'",
         ),
         ("dpo.beta=0", "dpo.beta: found 0; input should be greater than 0"),
         ("dpo.betas=0.1", "dpo.betas: unknown key; did you mean dpo.beta?"),
         ("dpo.path=a/b", "dpo.path: unknown key; did you mean "),
         ("tracking.samples_per_step=65", "tracking.samples_per_step: found 65; input should be less than or equal to"),
         ("tracking.wandb=false", "tracking.wandb: found False; input should be 'off', 'offline' or 'online'"),
-        ("world.name=moon", "world.name: found 'moon'; input should be 'starter'"),
         ("ppo.kl=3", "ppo.kl: found 3; it is a section: set one of coef, horizon, "),
         ("ppo=[1]", "ppo: found [1]; it is a section: set one of adam, "),
     ],
@@ -273,7 +272,6 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "kv_heads is for llama; gpt2 has as many as heads",
         ),
         (["ppo.minibatch_size=100"], "ppo: batch_size 512 is not a multiple of minibatch_size 100"),
-        (["world.name=starter"], "world.name and the files of the data section contradict each other: keep one"),
         (["data.text=[]"], "run.stages has pretrain but data.text is empty"),
         (["data.demonstrations=[]"], "run.stages has sft but data.demonstrations is empty"),
         (["data.rankings=[]"], "run.stages has reward but data.rankings is empty"),
@@ -328,9 +326,10 @@ def test_settings_that_contradict_each_other_are_both_named(base: Path, override
     assert message in refusal(base, *overrides)
 
 
-def test_a_world_and_a_data_root_contradict_each_other_even_without_files(tmp_path: Path) -> None:
-    path = written(tmp_path, "model: {path: org/name}\nworld: {name: starter}\ndata: {root: /somewhere}\n")
-    assert "world.name and the files of the data section contradict each other" in refusal(path)
+def test_a_world_stands_in_for_the_files_that_are_not_named(base: Path) -> None:
+    config = load(base, "world.name=instructions", "data.prompts=[]", "run.stages=[ppo, eval]")
+    assert config.stages() == ("ppo", "eval")
+    assert config.data.text == ("text.jsonl",)
 
 
 def test_settings_exactly_at_their_limits_are_accepted(base: Path) -> None:
@@ -410,7 +409,7 @@ def test_the_environment_names_the_data_root_only_where_the_config_does_not(
 def test_unit_variance_takes_the_demonstrations_of_a_world_and_asks_for_none_where_reward_is_not_run(
     base: Path, tmp_path: Path
 ) -> None:
-    world = "model: {from_scratch: {context: 256}}\nworld: {name: starter}\nreward: {unit_variance: true}\n"
+    world = "model: {from_scratch: {context: 256}}\nworld: {name: instructions}\nreward: {unit_variance: true}\n"
     assert load(written(tmp_path, world)).reward.unit_variance is True
     ppo_only = load(base, "reward.unit_variance=true", "data.demonstrations=[]", "run.stages=[ppo]")
     assert ppo_only.stages() == ("ppo",)
@@ -418,7 +417,7 @@ def test_unit_variance_takes_the_demonstrations_of_a_world_and_asks_for_none_whe
 
 def test_a_built_in_world_runs_although_the_environment_names_a_folder_of_human_data() -> None:
     config = load_config(ROOT / "configs" / "demo.yaml", (), {DATA_ROOT_VARIABLE: "/from/environment"})
-    assert (config.world.name, config.data.root) == ("starter", None)
+    assert (config.world.name, config.data.root) == ("instructions", None)
 
 
 # ---- files that cannot be read

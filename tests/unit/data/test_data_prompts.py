@@ -5,12 +5,13 @@ from rayrlhf.data.chat import encode_prompt, encode_response
 from rayrlhf.data.prompts import (
     TokenizeReport,
     pack_text,
+    tokenize_choices,
     tokenize_demonstrations,
     tokenize_prompts,
     tokenize_rankings,
 )
 from rayrlhf.errors import ConfigError, DataError
-from rayrlhf.types import Demonstration, PretrainText, Prompt, Ranking
+from rayrlhf.types import ChoiceQuestion, Demonstration, PretrainText, Prompt, Ranking
 
 SHORT = (("user", "red"),)
 LONG = (("user", "x1y2z3" * 40),)
@@ -86,6 +87,40 @@ def test_a_ranking_keeps_the_responses_that_were_cut(tokenizer):
     assert (example.ranks, example.prompt_tokens, example.source) == ((2, 1, 2), len(prompt), "s")
     assert example.response_chars == (5, 27, 4)
     assert report == TokenizeReport(kept=1, dropped=0, truncated=1)
+
+
+def test_a_response_that_was_cut_before_its_end_has_no_eos(tokenizer):
+    ranking = Ranking(SHORT, ("green", "green", "blue"), (1, 2, 3), "s", frozenset({1, 2}))
+    (example,), report = tokenize_rankings(tokenizer, [ranking], 20, 40, "drop")
+    texts = [tokenizer.decode(tokens[example.prompt_tokens :]) for tokens in example.responses]
+    assert texts == ["green<|endoftext|>", "green", "blue"]
+    assert report.truncated == 0  # nothing was cut here
+
+
+def test_a_question_is_a_row_per_choice_plain_and_without_an_end(tokenizer):
+    question = ChoiceQuestion("Name a colour:", ("red", "blue and green"), 1, "s")
+    (example,), kept = tokenize_choices(tokenizer, [question], 40)
+    assert kept == [question]
+    assert [tokenizer.decode(tokens) for tokens in example.responses] == [
+        "Name a colour: red",
+        "Name a colour: blue and green",
+    ]
+    assert {tokens.dtype for tokens in example.responses} == {np.dtype(np.int32)}
+    prompt = [tokens[: example.prompt_tokens].tolist() for tokens in example.responses]
+    assert prompt[0] == prompt[1]
+    assert tokenizer.decode(prompt[0]) == "Name a colour:"
+    assert (example.source, example.response_chars) == ("s", (3, 14))
+
+
+def test_questions_longer_than_the_limit_are_left_out_with_their_rows(tokenizer):
+    questions = [ChoiceQuestion("red", ("green", "x1y2z3" * 30), 0), ChoiceQuestion("red", ("green", "blue"), 1)]
+    examples, kept = tokenize_choices(tokenizer, questions, 40)
+    assert kept == questions[1:]
+    assert len(examples) == 1
+    longest = max(len(tokens) for tokens in examples[0].responses)
+    assert tokenize_choices(tokenizer, questions[1:], longest)[1] == questions[1:]
+    assert tokenize_choices(tokenizer, questions[1:], longest - 1) == ([], [])
+    assert tokenize_choices(tokenizer, [], 40) == ([], [])
 
 
 def test_rankings_with_long_prompts_are_dropped_or_refused(tokenizer):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rayrlhf.data.readers import read_demonstrations, read_prompts, read_rankings, read_text
+from rayrlhf.data.readers import read_choices, read_demonstrations, read_prompts, read_rankings, read_text
 from rayrlhf.errors import DataError
-from rayrlhf.types import Demonstration, Prompt, Ranking
+from rayrlhf.types import ChoiceQuestion, Demonstration, Prompt, Ranking
 
 Reader = Callable[..., list]
 
@@ -27,6 +27,7 @@ def refusal(read: Reader, root: Path, record: dict) -> DataError:
         read_prompts: {"prompt": "p"},
         read_demonstrations: {"prompt": "p", "response": "r"},
         read_rankings: {"prompt": "p", "chosen": "c", "rejected": "r"},
+        read_choices: {"prompt": "p", "choices": ["a", "b"], "answer": 0},
     }[read]
     with pytest.raises(DataError) as caught:
         read([write(root, good, record)], root)
@@ -64,6 +65,25 @@ def test_comparisons_and_rankings_are_both_rankings(tmp_path):
     ]
 
 
+def test_responses_that_were_cut_are_numbers_of_a_ranking(tmp_path):
+    ranking = {"prompt": "p", "responses": ["x", "y", "z"], "ranks": [2, 1, 2]}
+    name = write(tmp_path, ranking | {"unfinished": [2, 0, 2]}, ranking | {"unfinished": []}, ranking)
+    found = [record.unfinished for record in read_rankings([name], tmp_path)]
+    assert found == [frozenset({0, 2}), frozenset(), frozenset()]
+
+
+def test_a_question_has_choices_and_the_number_of_the_right_one(tmp_path):
+    name = write(
+        tmp_path,
+        {"prompt": "1 + 1 is", "choices": ["2", "3"], "answer": 0, "source": "s", "extra": 1},
+        {"prompt": "p", "choices": ["x", "y", "z"], "answer": 2},
+    )
+    assert read_choices([name], tmp_path) == [
+        ChoiceQuestion("1 + 1 is", ("2", "3"), 0, "s"),
+        ChoiceQuestion("p", ("x", "y", "z"), 2, ""),
+    ]
+
+
 def test_a_split_keeps_its_own_records_and_those_that_name_none(tmp_path):
     pair = {"chosen": "c", "rejected": "r"}
     name = write(
@@ -91,7 +111,8 @@ def test_prompts_keep_their_source_and_drop_the_rest(tmp_path):
 
 
 def test_no_sources_give_no_records(tmp_path):
-    assert [read([], tmp_path) for read in (read_text, read_prompts, read_demonstrations, read_rankings)] == [[]] * 4
+    readers = (read_text, read_prompts, read_demonstrations, read_rankings, read_choices)
+    assert [read([], tmp_path) for read in readers] == [[]] * 5
 
 
 @pytest.mark.parametrize(
@@ -216,6 +237,59 @@ def test_no_sources_give_no_records(tmp_path):
             {"prompt": "p", "chosen": "c", "rejected": "r", "split": 1},
             "`split` is int, expected a string",
         ),
+        (
+            read_rankings,
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "unfinished": [2]},
+            "`unfinished` has 2, expected numbers of responses from 0 to 1",
+        ),
+        (
+            read_rankings,
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "unfinished": [0, -1]},
+            "`unfinished` has -1, expected numbers of responses from 0 to 1",
+        ),
+        (
+            read_rankings,
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "unfinished": [True]},
+            "`unfinished` has True, expected numbers of responses from 0 to 1",
+        ),
+        (
+            read_rankings,
+            {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2], "unfinished": 1},
+            "`unfinished` is int, expected a list",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a", "b"]},
+            "`answer` is missing or null, expected a number; found the fields prompt, choices",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a", "b"], "answer": 2},
+            "`answer` is 2, expected the number of a choice, 0 to 1",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a", "b"], "answer": -1},
+            "`answer` is -1, expected the number of a choice, 0 to 1",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a", "b"], "answer": "a"},
+            "`answer` is 'a', expected the number of a choice, 0 to 1",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a", "b"], "answer": True},
+            "`answer` is True, expected the number of a choice, 0 to 1",
+        ),
+        (
+            read_choices,
+            {"prompt": "p", "choices": ["a"], "answer": 0},
+            "`choices` has 1 of them, expected 2 or more",
+        ),
+        (read_choices, {"prompt": "p", "choices": ["a", " "], "answer": 0}, "`choices[1]` is empty"),
+        (read_choices, {"prompt": "p", "choices": ["a", 2], "answer": 0}, "`choices[1]` is int, expected a string"),
+        (read_choices, {"prompt": " ", "choices": ["a", "b"], "answer": 0}, "`prompt` is empty"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_refused(tmp_path, read, record, message):

@@ -13,7 +13,7 @@ from rayrlhf.config import load_config
 from rayrlhf.errors import TrainingError
 from rayrlhf.stages import run
 
-DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
+TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,10 @@ def test_a_run_that_failed_keeps_its_error_and_one_that_was_interrupted_has_none
         raise error
 
     monkeypatch.setitem(run.BODIES, "pretrain", body)
-    config = load_config(DEMO, [f"run.output={tmp_path}", "run.stages=[pretrain]"])
+    config = load_config(TINY, [f"run.output={tmp_path}", "run.stages=[pretrain]"])
     with pytest.raises(type(error)):
         run.run(config, Console(quiet=True))
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
     assert summary["status"] == status
     assert summary.get("error", "").startswith(words)
     assert bool(summary.get("error")) == bool(words)

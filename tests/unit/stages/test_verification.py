@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def config(*overrides: str) -> Any:
-    return load_config(ROOT / "configs/demo.yaml", overrides, {})
+    return load_config(ROOT / "configs/tiny.yaml", overrides, {})
 
 
 @pytest.mark.parametrize(

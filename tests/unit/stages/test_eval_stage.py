@@ -1,0 +1,105 @@
+"""Which models `eval` compares, what a sampled response reads like, and the table of arms."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from rayrlhf.config import Config
+from rayrlhf.data.tokenizer import train_tokenizer
+from rayrlhf.stages.evaluation import arm_models
+from rayrlhf.stages.run import _evaluation
+from rayrlhf.stages.sampling import Answer, answers
+from rayrlhf.stages.summary import show_summary
+from rayrlhf.types import Rollout, RolloutInfo
+
+
+def config(**ppo: Any) -> Config:
+    return Config.model_validate({"model": {"path": "org/name"}, "world": {"name": "instructions"}, "ppo": ppo})
+
+
+def test_the_arms_of_a_run_are_sft_first_then_dpo_then_ppos_with_the_last_arm_in_its_own_folder() -> None:
+    arms = {"plain": {"ptx.coef": 0.0}, "half": {"ptx.coef": 0.5}, "whole": {}}
+    parents = {"sft": "/a/sft/model", "reward": "/a/reward/model", "dpo": "/a/dpo/model", "ppo": "/a/ppo/model"}
+    models = arm_models(config(ptx={"coef": 1.0}, arms=arms), parents)
+    assert list(models.items()) == [
+        ("sft", "/a/sft/model"),
+        ("dpo", "/a/dpo/model"),
+        ("plain", "/a/ppo/model_plain"),
+        ("half", "/a/ppo/model_half"),
+        ("whole", "/a/ppo/model"),
+    ]
+
+
+def test_a_run_without_arms_or_dpo_has_one_arm_beside_sft() -> None:
+    parents = {"sft": "s", "reward": "r", "ppo": "/a/model"}
+    assert arm_models(config(), parents) == {"sft": "s", "ppo": "/a/model"}
+    assert arm_models(config(ptx={"coef": 1.0}), parents) == {"sft": "s", "ppo_ptx": "/a/model"}
+    assert arm_models(config(), {"sft": "s", "reward": "r"}) == {"sft": "s"}
+
+
+def test_a_response_is_read_without_its_prompt_and_special_tokens_and_knows_whether_it_ended() -> None:
+    tokenizer = train_tokenizer(["name a red thing. a red apple."] * 20, 300)
+    eos = tokenizer.eos_token_id
+
+    def rollout(sample_id: int, response: list[int], truncated: bool) -> Rollout:
+        prompt = tokenizer.encode("name a red thing.")
+        size = len(response)
+        info = RolloutInfo(sample_id, 40 + sample_id, len(prompt) + size, size, truncated)
+        return Rollout(info, np.array([*prompt, *response]), np.zeros(size), np.zeros(size, dtype=int))
+
+    words = tokenizer.encode(" a red apple.")
+    found = answers(
+        tokenizer, {0: rollout(0, [*words, eos], False), 1: rollout(1, words, True), 2: rollout(2, [eos], False)}
+    )
+    assert found == {
+        0: Answer(40, "a red apple.", True),
+        1: Answer(41, "a red apple.", False),
+        2: Answer(42, "", True),
+    }
+
+
+def cell(value: float, half: float) -> dict[str, Any]:
+    return {"value": value, "ci95": [value - half, value + half]}
+
+
+def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
+    evaluation = {
+        "prompts": 500,
+        "temperature": 1.0,
+        "reward_mean": {"sft": cell(0.0, 0.1), "best_of_8": cell(1.0, 0.1), "ppo": cell(2.0, 0.125)},
+        "gold_win_rate": {"best_of_8_vs_sft": cell(0.6, 0.03), "ppo_vs_sft": cell(0.75, 0.025)},
+        "kl_per_response": {"sft": cell(0, 0), "best_of_8": cell(1.204, 0) | {"bound": True}, "ppo": cell(3.5, 0.25)},
+        "pretrain_loss": {"sft": 2.5, "ppo": 2.625},
+        "flags": {},
+    }
+    written = StringIO()
+    summary = {"name": "mine", "stages": {}, "evaluation": evaluation}
+    show_summary(Console(file=written, width=160), summary, Path("runs/mine"))
+    lines = [
+        [c.strip() for c in line.strip("│┃").split("│" if "│" in line else "┃")]
+        for line in written.getvalue().split("\n")
+    ]
+    assert ["500 held-out prompts, temperature 1; wins are over sft"] in lines
+    assert ["arm", "gold win rate", "reward", "KL, nats", "text loss"] in lines
+    assert ["sft", "-", "0.000 ±0.100", "0.000 ±0.000", "2.500"] in lines
+    assert ["best_of_8", "0.600 ±0.030", "1.000 ±0.100", "< 1.204", "-"] in lines
+    assert ["ppo", "0.750 ±0.025", "2.000 ±0.125", "3.500 ±0.250", "2.625"] in lines
+
+
+def test_the_summary_of_a_run_has_evals_numbers_and_the_reward_models_accuracy() -> None:
+    stages = {
+        "collect": {"labeler_agreement": 0.9, "seconds": 1.0},
+        "reward": {"accuracy": {"gold": {"accuracy": 0.8, "pairs": 7}, "labeler_1": {"accuracy": 0.75}}},
+        "eval": {"prompts": 5, "gold_win_rate": {"ppo_vs_sft": 0.7}, "seconds": 2.0, "cached": False, "key": "k"},
+    }
+    assert _evaluation(stages) == {
+        "prompts": 5,
+        "gold_win_rate": {"ppo_vs_sft": 0.7},
+        "reward_accuracy": {"gold": 0.8, "labeler_1": 0.75, "heldout": 0.8, "labeler_agreement": 0.9},
+    }
+    assert _evaluation({}) == {"reward_accuracy": {}}
