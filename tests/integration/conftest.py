@@ -72,7 +72,7 @@ def shared_memory() -> set[str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The whole chain on the starter world: one policy rank, one engine, 50 PPO steps."""
+    """The whole chain on the built-in world: one policy rank, one engine, 50 PPO steps."""
     output = tmp_path_factory.mktemp("runs")
     arguments = ["configs/tiny.yaml", "run.name=tiny", f"run.output={output}", *TINY]
     before = shared_memory()

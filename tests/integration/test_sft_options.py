@@ -48,7 +48,7 @@ def run_sft(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> F
         "world.name=null",
         f"data.root={noise}",
         "data.demonstrations=[demonstrations.jsonl]",
-        f"data.text=[{finished.output / 'worlds/starter-0/text.jsonl'}]",
+        f"data.text=[{finished.output / 'worlds/instructions-0-0.2/text.jsonl'}]",
         f"data.heldout_fraction={HELDOUT}",
         f"sft.max_response_tokens={LONGEST}",
         "sft.learning_rate=1e-2",

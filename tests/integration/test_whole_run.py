@@ -111,7 +111,7 @@ def test_demonstrations_average_zero_under_the_reward_model(finished: FinishedRu
     folder = finished.artifact("reward") / "model"
     model = load_scalar(str(folder), False)
     train, _ = split_by_prompt(
-        read_demonstrations(["demonstrations.jsonl"], finished.output / "worlds/starter-0"), 0.05, 0
+        read_demonstrations(["demonstrations.jsonl"], finished.output / "worlds/instructions-0-0.2"), 0.05, 0
     )
     examples, _ = tokenize_demonstrations(load_tokenizer(folder), train, 48, 96, "drop")
     with torch.no_grad():
