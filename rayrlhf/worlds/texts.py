@@ -49,8 +49,8 @@ def _tell(rng: random.Random) -> tuple[list[str], Choice]:
     place = dict(zip(people, rng.sample(PLACES, 3), strict=True))
     holds = dict(zip(people, foods, strict=True))
     lines = [f"on {DAYS[day]} it was {rng.choice(WEATHER)}."]
-    lines += [f"{who} was at the {place[who]} with some {holds[who]}." for who in people[:2]]
-    for _ in range(rng.randint(1, 3)):
+    lines += [f"{who} was at the {place[who]} with {holds[who]}." for who in people[:2]]
+    for _ in range(rng.randint(1, 2)):
         who, other = rng.sample(people[:2], 2)
         if rng.random() < 0.5:
             place[who] = rng.choice([p for p in PLACES if p not in place.values()])

@@ -1,0 +1,107 @@
+"""The demo for several seeds: what each arm is worth, by seed and in the mean.
+
+    python benchmarks/demo_seeds.py configs/demo.yaml --seeds 0,1,2 [section.key=value ...]
+
+Every seed makes its own world, models and held-out prompts. Runs that are done already are read, not run again. Prints
+the table of the README; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rayrlhf.config import load_config
+
+MEASURES = {
+    "gold_win_rate": "gold win rate over SFT",
+    "length_controlled_win_rate": "at equal length",
+    "gold_mean": "gold",
+    "kl_per_response": "KL, nats a response",
+    "pretrain_loss": "loss on text",
+    "cloze_accuracy": "choices right",
+    "length_mean": "tokens a response",
+}
+
+
+def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] = None, seeds: str = "0,1,2") -> None:
+    """`seeds` are separated by commas."""
+    console, runs = Console(), {}
+    for seed in map(int, seeds.split(",")):
+        arguments = [str(config), *(overrides or ()), f"run.seed={seed}", f"world.seed={seed}"]
+        arguments.append(f"run.name=demo-seed-{seed}")
+        subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
+        settings = load_config(config, arguments[1:])
+        runs[seed] = json.loads((settings.run.output / settings.run.name / "summary.json").read_text(encoding="utf-8"))
+    evaluations = [run["evaluation"] for run in runs.values()]
+    console.print(_table(evaluations))
+    rows = [_row(seed, run) for seed, run in runs.items()]
+    console.print(_checks(rows))
+    machine = {"machine": platform.platform(), "torch": torch.__version__}
+    print(json.dumps({"config": str(config), "overrides": overrides or [], **machine, "seeds": rows}))
+
+
+def _value(evaluation: Mapping[str, Any], measure: str, arm: str) -> float | None:
+    found = evaluation.get(measure, {})
+    cell = found.get(arm, found.get(f"{arm}_vs_sft"))
+    return cell["value"] if isinstance(cell, Mapping) else cell
+
+
+def _table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    """The mean of the seeds, and each seed's own in brackets."""
+    arms = list(evaluations[0]["gold_mean"])
+    table = Table(title=f"mean of {len(evaluations)} seeds (each), {evaluations[0]['prompts']} held-out prompts a seed")
+    table.add_column("")
+    for arm in arms:
+        table.add_column(arm, justify="right")
+    for measure, heading in MEASURES.items():
+        cells = []
+        for arm in arms:
+            values = [v for e in evaluations if (v := _value(e, measure, arm)) is not None]
+            each = " ".join(f"{v:.3f}" for v in values)
+            cells.append(f"{fmean(values):.3f}\n({each})" if values else "-")
+        table.add_row(heading, *cells)
+    return table
+
+
+def _row(seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
+    stages, evaluation = run["stages"], run["evaluation"]
+    losses = evaluation["pretrain_loss"]
+    return {
+        "seed": seed,
+        "sft_fully_right": evaluation["flags"]["sft"]["all"],
+        "labeler_agreement": evaluation["reward_accuracy"]["labeler_agreement"],
+        "ties": stages["collect"]["ties"],
+        "reward_accuracy": evaluation["reward_accuracy"]["heldout"],
+        "tax": losses["ppo"] - losses["sft"],
+        "tax_left_with_ptx": losses["ppo_ptx"] - losses["sft"],
+        "arms": {m: {a: _value(evaluation, m, a) for a in evaluation["gold_mean"]} for m in MEASURES},
+        "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+        "seconds_in_all": sum(stage["seconds"] for stage in stages.values()),
+    }
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="what the world is like, and the alignment tax, by seed")
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    table.add_column("")
+    for row in rows:
+        table.add_column(f"seed {row['seed']}", justify="right")
+    for name in names:
+        table.add_row(name.replace("_", " "), *(f"{row[name]:.3f}" for row in rows))
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
