@@ -1,9 +1,9 @@
-"""What the PPO-ptx coefficient does: one PPO run per coefficient and seed, and what each did to the pretraining loss.
+"""What the PPO-ptx coefficient does: an arm per coefficient, and what each did to reward and pretraining loss.
 
     python benchmarks/ptx_sweep.py configs/demo.yaml --coefs 0,1,27.8 --seeds 0 [section.key=value ...]
 
-Each run starts from the same SFT and reward models (made first if they are not there yet). The pretraining loss is
-that of held-out text, in nats per token, before PPO and after. Prints a table; the last line is JSON.
+All arms of a seed start from the same SFT and reward models (made first if they are not there yet). The pretraining
+loss is that of held-out text, in nats per token, of the SFT model and after PPO. Prints a table; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
-from rayrlhf.config import Config, load_config
-from rayrlhf.data.prompts import LMExample
-from rayrlhf.stages.datasets import Datasets
-from rayrlhf.stages.world import with_world
+from rayrlhf.config import load_config
+
+METRICS = ("reward/mean", "reward/gold", "kl/mean", "policy/entropy", "policy/clip_fraction", "response/length_mean")
 
 
 def main(
@@ -37,69 +35,53 @@ def main(
 ) -> None:
     """`coefs` and `seeds` are separated by commas."""
     console, rows = Console(), []
+    named = {f"ptx_{coef.replace('.', '_')}": float(coef) for coef in coefs.split(",")}
+    arms = ", ".join(f"{name}: {{ptx.coef: {coef}}}" for name, coef in named.items())
     for seed in map(int, seeds.split(",")):
-        shared = [*(overrides or ()), f"run.seed={seed}"]
-        start: float | None = None
-        for coef in map(float, coefs.split(",")):
-            arguments = [str(config), *shared, f"run.name=ptx-{coef:g}-{seed}", f"ppo.ptx.coef={coef}"]
-            console.print(f"seed {seed}, coefficient {coef:g}")
-            subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
-            settings = load_config(config, arguments[1:])
-            folder = settings.run.output / settings.run.name
-            heldout = _heldout(settings, folder)
-            start = _loss(_parent(folder, settings), heldout) if start is None else start
-            rows.append({"seed": seed, "coef": coef, "start": start, "end": _loss(folder / "model", heldout)})
-            rows[-1] |= _end_of(folder)
+        shared = [*(overrides or ()), f"run.seed={seed}", f"run.name=ptx-sweep-{seed}", f"ppo.arms={{{arms}}}"]
+        arguments = [str(config), *shared, "run.stages=[pretrain,sft,collect,reward,ppo,eval]", "eval.best_of=1"]
+        subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
+        settings = load_config(config, arguments[1:])
+        folder = settings.run.output / settings.run.name
+        evaluation = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["evaluation"]
+        losses: Mapping[str, float] = evaluation["pretrain_loss"]
+        for name, coef in named.items():
+            wins = evaluation.get("gold_win_rate", {}).get(f"{name}_vs_sft", {}).get("value")
+            row = {"seed": seed, "coef": coef, "start": losses["sft"], "end": losses[name], "gold_win_rate": wins}
+            rows.append(row | _end_of(folder / "metrics.jsonl", name))
     console.print(_table(rows))
-    machine = {"machine": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine = {"machine": platform.platform(), "torch": torch.__version__}
     print(json.dumps({"config": str(config), "overrides": overrides or [], **machine, "rows": rows}))
 
 
-def _heldout(config: Config, folder: Path) -> list[LMExample]:
-    data = Datasets(with_world(config), str(folder / "model"))
-    return data.pretrain.heldout
-
-
-def _parent(folder: Path, config: Config) -> Path:
-    """The SFT model that PPO started from."""
-    stages = json.loads((folder / "summary.json").read_text())["stages"]
-    return config.run.output / "artifacts" / f"sft-{stages['sft']['key']}" / "model"
-
-
-def _loss(model: Path, blocks: list[LMExample]) -> float:
-    """Mean negative log-likelihood per token."""
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        tokens = torch.from_numpy(np.stack([b.tokens for b in blocks])).long()
-        return fmean(float(lm(input_ids=part, labels=part).loss) for part in tokens.split(1))
-
-
-def _end_of(folder: Path) -> dict[str, Any]:
-    """Means over the last quarter of the steps."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [r for r in records if r["stage"] == "ppo"]
+def _end_of(metrics: Path, arm: str) -> dict[str, Any]:
+    """Means over the last quarter of the arm's steps; of the gradient norms over all that were measured."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    steps = [r for r in records if r["stage"] == "ppo" and r.get("arm", arm) == arm]
     last = steps[-max(1, len(steps) // 4) :]
-    names = ("reward/mean", "kl/mean", "policy/entropy", "policy/clip_fraction", "response/length_mean")
-    result = {name: fmean(s[name] for s in last) for name in names}
-    result["policy/grad_norm"] = fmean(s["policy/grad_norm"] for s in steps)
-    for name in ("policy/ppo_grad_norm", "ptx/grad_norm"):
-        measured = [s[name] for s in steps if name in s]
+    result: dict[str, Any] = {name: fmean(s[name] for s in last) for name in METRICS if name in last[0]}
+    for name in ("policy/grad_norm", "policy/ppo_grad_norm", "ptx/grad_norm"):
+        measured = [s[name] for s in steps if s.get(name) is not None]
         result[name] = fmean(measured) if measured else None
     return result
 
 
+def _shown(name: str, digits: int) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+
 def _table(rows: list[dict[str, Any]]) -> Table:
-    columns = {
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "coef": lambda r: f"{r['coef']:g}",
         "seed": lambda r: str(r["seed"]),
-        "reward": lambda r: f"{r['reward/mean']:.2f}",
-        "KL": lambda r: f"{r['kl/mean']:.2f}",
-        "length": lambda r: f"{r['response/length_mean']:.1f}",
-        "entropy": lambda r: f"{r['policy/entropy']:.2f}",
-        "text": lambda r: f"{r['start']:.3f}",
-        "after": lambda r: f"{r['end']:.3f}",
-        "PPO norm": lambda r: "-" if r["policy/ppo_grad_norm"] is None else f"{r['policy/ppo_grad_norm']:.2f}",
-        "ptx norm": lambda r: "-" if r["ptx/grad_norm"] is None else f"{r['ptx/grad_norm']:.2f}",
+        "reward": _shown("reward/mean", 2),
+        "gold": _shown("reward/gold", 3),
+        "wins": _shown("gold_win_rate", 3),
+        "KL": _shown("kl/mean", 2),
+        "text": _shown("start", 3),
+        "after": _shown("end", 3),
+        "PPO norm": _shown("policy/ppo_grad_norm", 2),
+        "ptx norm": _shown("ptx/grad_norm", 2),
     }
     table = Table(title="PPO-ptx by coefficient")
     for name in columns:
