@@ -19,6 +19,9 @@ class Actor:
     def __init__(self, log: str) -> None:
         send_output_to(Path(log))
 
+    def close(self) -> None:
+        """Give back what is held outside this process's memory; nothing, unless a role says otherwise."""
+
     def free_address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
         with socket.socket() as probe:

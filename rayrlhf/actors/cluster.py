@@ -11,7 +11,7 @@ from contextlib import suppress
 import psutil
 import ray
 
-from rayrlhf.actors.placement import check_resources, required
+from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
@@ -32,8 +32,7 @@ def connect(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     local = config.cluster.address is None
     logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
-    needs = required(config)
-    _init(config, local, math.ceil(needs["CPU"]))
+    _init(config, local, math.ceil(promised_cpus(config)))
     try:
         check_resources(config, ray.cluster_resources())
     except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -15,7 +16,11 @@ from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.engines.distributed import Rendezvous
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
 
-__all__ = ["ActorGroup", "explain"]
+__all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
+
+
+# Actors that are asked to close before they are ended get this long.
+CLOSE_S = 3.0
 
 
 class ActorGroup:
@@ -106,6 +111,34 @@ class ActorGroup:
                 f"logs/{self.role}-{rank}.log in the folder of the run",
             )
         return [future.result() for future in futures]
+
+
+class KeptActors:
+    """Groups that a stage has left for the next one: a process that has its imports done need not do them again."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, tuple[Any, ActorGroup]] = {}
+
+    def put(self, role: str, fit: Any, group: ActorGroup) -> None:
+        """`fit` is what whoever takes the group must ask for too."""
+        self._groups[role] = fit, group
+
+    def take(self, role: str, fit: Any) -> ActorGroup | None:
+        """The role's group, if there is one and it fits; one that does not is ended."""
+        kept, group = self._groups.pop(role, (None, None))
+        if group is not None and kept != fit:
+            group.close()
+            return None
+        return group
+
+    def close(self) -> None:
+        """End them all; what they hold outside their own memory is given back first."""
+        for _, group in self._groups.values():
+            with suppress(Exception):  # Ray may be gone already; the next group must still be tried
+                closing = [actor.close.remote() for actor in group.actors]
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
+                group.close()
+        self._groups.clear()
 
 
 def explain(error: BaseException | None, where: str, log: str) -> BaseException:

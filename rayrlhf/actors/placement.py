@@ -10,7 +10,7 @@ from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
 from rayrlhf.errors import ResourceError
 
-__all__ = ["SAMPLING", "TRAINING", "RolePlacement", "check_resources", "plan_ppo", "plan_training"]
+__all__ = ["SAMPLING", "TRAINING", "RolePlacement", "check_resources", "plan_ppo", "plan_training", "promised_cpus"]
 
 
 TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo")
@@ -92,6 +92,12 @@ def required(config: Config) -> dict[str, float]:
         "CPU": max(sum(p.ranks * p.cpus for p in group) for group in together),
         "GPU": max(sum(p.ranks * p.gpus for p in group) for group in together),
     }
+
+
+def promised_cpus(config: Config) -> float:
+    """CPUs that a Ray of our own must have: actors kept for a later stage stay beside the workers of those between."""
+    training = plan_training(config)
+    return training.ranks * training.cpus + max(sum(p.ranks * p.cpus for p in group) for group in plans(config))
 
 
 def check_resources(config: Config, available: Mapping[str, float]) -> None:

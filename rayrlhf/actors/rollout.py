@@ -28,6 +28,10 @@ class RolloutActor(Actor):
     def start(self, prompts: list[PromptTokens]) -> None:
         self._engine = RolloutEngine(self._settings, prompts)
 
+    def hold_prompts(self, prompts: list[PromptTokens]) -> None:
+        """Others in place of those that it started with."""
+        self._engine.hold_prompts(prompts)
+
     def memory_gib(self) -> float:
         """Also that of the shards' processes, where the engine has several."""
         shards = psutil.Process().children() if self._settings.tensor_parallel > 1 else []

@@ -54,7 +54,7 @@ class RolloutEngine:
         from rayrlhf.engines.vllm_worker import BACKEND
 
         self._settings = settings
-        self._prompts = {p.prompt_id: p.tokens.tolist() for p in prompts}
+        self.hold_prompts(prompts)
         self._version: int | None = None
         self._pending: int | None = None
         cpu = settings.device == "cpu"
@@ -80,6 +80,9 @@ class RolloutEngine:
             seed=0,
         )
         self._rpc("init_weight_transfer_engine", {"transport": settings.transport})
+
+    def hold_prompts(self, prompts: Sequence[PromptTokens]) -> None:
+        self._prompts = {p.prompt_id: p.tokens.tolist() for p in prompts}
 
     @property
     def version(self) -> int | None:

@@ -57,6 +57,7 @@ async def _collect(context: StageContext, sft: str, workspace: Path) -> dict[str
             batches = await sample(pool, requests, lambda done, total: progress.step(done, total, {}))
             memory = await roles.memory()
             found = answers(context.data.tokenizer, await fetch_rollouts(batches))
+            roles.keep_for("ppo")
         finally:
             await roles.stop()
     progress.phase("ranking")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rayrlhf.actors.cluster import connect, disconnect
+from rayrlhf.actors.group import KeptActors
 from rayrlhf.config import Config
 from rayrlhf.metrics.sinks import RunSink
 from rayrlhf.stages.datasets import Datasets
@@ -25,6 +26,8 @@ class StageContext:
     console: Console
     verify_step: int | None = None
     """The PPO step, counted from 1, that is compared with the reference trainer."""
+    kept: KeptActors = field(default_factory=KeptActors, init=False)
+    """Actors between two stages that sample."""
     _connected: bool = field(default=False, init=False)
 
     def ensure_ray(self) -> None:
@@ -35,6 +38,7 @@ class StageContext:
 
     def close(self) -> None:
         try:
+            self.kept.close()
             if self._connected:  # first: wandb may take its time, and Ctrl-C promises that the actors go
                 disconnect()
         finally:

@@ -80,6 +80,7 @@ class _Run:
                     folder = self.workspace if last else self.workspace / "arms" / name
                     arm = _Arm(self, name if len(arms) > 1 else None, config, folder, progress, clock)
                     results[name] = await arm.run(reload=number > 0)
+                self.roles.keep_for("eval")
             finally:
                 clock.close()
                 await self.roles.stop()

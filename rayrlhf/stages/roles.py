@@ -6,17 +6,19 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import psutil
 import ray
 
-from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.group import CLOSE_S, ActorGroup
 from rayrlhf.actors.models import Judge, ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
-from rayrlhf.actors.placement import plan_ppo
+from rayrlhf.actors.placement import SAMPLING, RolePlacement, plan_ppo
 from rayrlhf.actors.roles import memory_per_role
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.config import Config
+from rayrlhf.config.run import StageName
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits
@@ -32,9 +34,8 @@ from rayrlhf.weights.publish import WeightPublisher
 
 __all__ = ["MODEL_ROLES", "RoleSet", "first_ratio"]
 
-# These are asked to close before they are ended, and get this long.
+# These are asked to close before they are ended.
 HOLD_SHARED_MEMORY = ("policy", "rollout")
-CLOSE_S = 3.0
 # Before the first update of a step old and new log-probs come from the same weights, and on the first step of a run
 # policy and reference are the same model. float32 leaves room for the order of summation only, bfloat16 for rounding.
 FIRST_RATIO = {"float32": GapLimits(1e-4, 1e-4), "bfloat16": GapLimits(math.inf, 0.02)}
@@ -66,12 +67,17 @@ class RoleSet:
     async def start(self, config: Config | None = None) -> None:
         """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""
         timeout = self._config.cluster.start_timeout_s
+        kept = {p.role: self._context.kept.take(p.role, self._fit(p)) for p in self._planned}
         for placement in self._planned:
-            self.groups[placement.role] = ActorGroup(placement, self._config.cluster.call_timeout_s)
+            group = kept[placement.role] or ActorGroup(placement, self._config.cluster.call_timeout_s)
+            self.groups[placement.role] = group
         handle = ray.put(list(self._prompts))
 
         async def start_model(role: str) -> None:
             group, settings = self.groups[role], self.settings(role, config or self._config)
+            if kept[role]:
+                await group.call("reload", settings, timeout_s=timeout)
+                return
             logs = [(self._context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
             await group.spawn(MODEL_ROLES[role], logs, timeout)
             meeting = await group.rendezvous(self._config.cluster.device, self._config.run.deterministic, timeout)
@@ -79,6 +85,9 @@ class RoleSet:
 
         async def start_engines() -> None:
             group, settings = self.groups["rollout"], self._engine_settings()
+            if kept["rollout"]:
+                await group.call("hold_prompts", handle, timeout_s=timeout)
+                return
             logs = [(self._context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
             await group.spawn(RolloutActor, logs, timeout)
             await group.call("start", handle, timeout_s=timeout)
@@ -106,8 +115,23 @@ class RoleSet:
         memory = await memory_per_role(list(self.groups.values()))
         return memory | {"memory/driver_gib": psutil.Process().memory_info().rss / 2**30}
 
+    def keep_for(self, stage: StageName) -> None:
+        """Leave what `stage` can use of the actors, if the run goes through it and they are in nobody's way till then.
+
+        Not on a cluster or a GPU: what they hold there is what the stages between need.
+        """
+        cluster = self._config.cluster
+        if stage in self._config.stages() and cluster.address is None and cluster.device == "cpu":
+            for placement in self._planned:
+                if placement.role in (SAMPLING[stage] or self.groups):
+                    self._context.kept.put(placement.role, self._fit(placement), self.groups.pop(placement.role))
+
+    def _fit(self, placement: RolePlacement) -> Any:
+        """What actors of this role must have in common to be used again."""
+        return (placement, self._engine_settings() if placement.role == "rollout" else None)
+
     async def stop(self) -> None:
-        """End every actor; what it holds outside its own memory is given back first."""
+        """End every actor that is not kept; what it holds outside its own memory is given back first."""
 
         async def give_back(role: str) -> None:
             group = self.groups.get(role)
