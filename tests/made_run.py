@@ -10,7 +10,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-from rayrlhf.worlds.language import gold_score, tasks
+from rayrlhf.worlds.instructions import Instructions, Task, draw
 
 __all__ = ["write_jsonl", "write_run"]
 
@@ -57,23 +57,23 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _answers(rng: random.Random, number: int, arms: Sequence[str]) -> dict[str, Any]:
-    task = rng.choice(tasks())
+    task = draw(rng)
     return {
         "prompt_id": number,
         "prompt": task.prompt,
-        "kind": task.kind,
+        "kind": task.kind.name,
         "answers": {arm: _answer(rng, task, arm) for arm in arms},
     }
 
 
-def _answer(rng: random.Random, task: Any, arm: str) -> dict[str, Any]:
+def _answer(rng: random.Random, task: Task, arm: str) -> dict[str, Any]:
     right, kl_end, gain, words, _ = ARMS[arm]
-    text = rng.choice(task.right if rng.random() < right else task.wrong)
+    text = (task.kind.right if rng.random() < right else task.kind.wrong)(rng, task.args) + "."
     if rng.random() < 0.2 + 0.1 * words:
         text = f"certainly, {text}"
     tokens = [*re.findall(r" ?[^ ]+", text), "<|endoftext|>"]
     kl = [rng.gauss(0.15, 0.5) * kl_end / len(tokens) + rng.expovariate(1) * kl_end / len(tokens) * 0.5 for _ in tokens]
-    gold = gold_score(task.prompt, text)
+    gold = Instructions().gold(task.prompt, text)
     return {
         "text": text,
         "tokens": tokens,
@@ -125,7 +125,7 @@ def _ppo(rng: random.Random, arm: str, steps: int) -> Iterable[dict[str, Any]]:
 
 def _samples(rng: random.Random, arm: str, steps: int) -> Iterable[dict[str, Any]]:
     for step in range(1, steps + 1):
-        task = rng.choice(tasks())
+        task = draw(rng)
         answer = _answer(rng, task, arm)
         yield {
             "arm": arm,

@@ -162,13 +162,14 @@ class Instructions(World):
     def document(self, rng: random.Random) -> str:
         """Mostly exercises; else plain statements, or a story that no instruction touches.
 
-        The exercises are in the very wording of the instructions. Half of them are answered rightly, the others are
-        answered in several ways, each marked straight after its full stop: a reward model can only prefer right content
-        if pretraining taught it to tell right from wrong.
+        The exercises are in the very wording of the instructions, and all are answered rightly: a reward model can only
+        prefer right content if pretraining taught it what is right. Wrong answers, marked as such, teach a model of
+        this size less: it learns to give them.
         """
         chance = rng.random()
         if chance < 0.76:
-            return "\n".join(_exercise(rng) for _ in range(3))
+            tasks = (draw(rng, held_out=False, plain=0.5) for _ in range(3))
+            return "\n".join(f"{task.prompt}\n{respond(rng, task, rude=rng.random() < 0.03)}" for task in tasks)
         if chance < 0.86:
             return rng.choice((about_things, about_things, about_opposites))(rng)
         return story(rng)
@@ -179,8 +180,8 @@ class Instructions(World):
     def demonstration(self, rng: random.Random, prompt: str) -> tuple[str, str]:
         """One of four contractors: one is careful, the others have bad habits; flaws come alone or together."""
         name, habit = rng.choice((("careful", None), ("hasty", "deaf"), ("gruff", "rude"), ("chatty", "rambling")))
-        chances = {flaw: 0.8 if flaw == habit else 0.2 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
-        right = rng.random() >= (0.12 if habit else 0.04)
+        chances = {flaw: 0.8 if flaw == habit else 0.25 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
+        right = rng.random() >= (0.2 if habit else 0.08)
         flaws = {flaw: rng.random() < chance for flaw, chance in chances.items()}
         return respond(rng, read(prompt), right, **flaws), name
 
@@ -223,14 +224,3 @@ class Instructions(World):
                 return task.kind.accepts(task.args, inner), True
         return task.kind.accepts(task.args, words), False
 
-
-def _exercise(rng: random.Random) -> str:
-    """An instruction with a right answer, or with two that are marked, each as often right as wrong."""
-    task = draw(rng, held_out=False, plain=0.7)
-    if rng.random() < 0.5:
-        return f"{task.prompt}\n{respond(rng, task)}"
-    lines = [task.prompt]
-    for _ in range(2):
-        right, deaf, rude = (rng.random() < chance for chance in (0.5, 0.04, 0.04))
-        lines.append(f"{respond(rng, task, right, deaf, rude)} {'right' if right else 'wrong'}")
-    return "\n".join(lines)
