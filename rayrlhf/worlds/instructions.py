@@ -46,13 +46,14 @@ class Task:
     kind: Kind
     args: Args
     manner: str
+    wording: str
+    """a key of `OPENERS`"""
     opener: str
-    """one of `OPENERS`: how the instruction begins, and whether it is a question"""
 
     @cached_property
     def prompt(self) -> str:
         fact, tail = self.kind.fact.format(**self.args), f" {self.manner}" if self.manner else ""
-        if OPENERS[self.opener] == "question":
+        if self.wording == "question":
             answer = f" answer{tail}." if tail else ""
             return f"{fact}{self.opener}{self.kind.question.format(**self.args)}?{answer}"
         return f"{fact}{self.opener}{self.kind.order.format(**self.args)}{tail}."
@@ -87,7 +88,8 @@ def draw(rng: random.Random, held_out: bool | None = None, plain: float = 0.0) -
     while True:
         args = kind.draw(rng)
         manner = "" if rng.random() < plain else rng.choice(manners(kind, args))
-        task = Task(kind, args, manner, rng.choice(tuple(OPENERS)))
+        wording = rng.choice(tuple(OPENERS))
+        task = Task(kind, args, manner, wording, rng.choice(OPENERS[wording]))
         if held_out is None or task.held_out == held_out:
             return task
 
@@ -99,14 +101,14 @@ def read(prompt: str) -> Task:
     Raises:
         DataError: it is not of this language.
     """
-    asks = "?" in prompt
+    wording = "question" if "?" in prompt else "order"
     for manner in sorted(MANNERS, key=len, reverse=True):
         tail = f" {manner}" if manner else ""
-        end = (f"? answer{tail}." if tail else "?") if asks else f"{tail}."
-        for opener in (o for o, sort in OPENERS.items() if (sort == "question") == asks and prompt.endswith(end)):
+        end = (f"? answer{tail}." if tail else "?") if wording == "question" else f"{tail}."
+        for opener in OPENERS[wording] if prompt.endswith(end) else ():
             for kind in KINDS.values():
-                if (args := kind.read(prompt[: -len(end)], opener)) is not None:
-                    return Task(kind, args, manner, opener)
+                if (args := kind.read(prompt[: -len(end)], f"{opener}{getattr(kind, wording)}")) is not None:
+                    return Task(kind, args, manner, wording, opener)
     raise DataError(f"not an instruction of this world: {prompt!r}", "judge prompts that the world wrote")
 
 
@@ -223,4 +225,3 @@ class Instructions(World):
             if inner and before + inner + after == words:
                 return task.kind.accepts(task.args, inner), True
         return task.kind.accepts(task.args, words), False
-

@@ -76,12 +76,10 @@ class Kind(ABC):
         """Whether these words (`content` of an answer) are a right short answer; by default there is only one."""
         return list(words) == content(self.right(random.Random(0), args))
 
-    def read(self, text: str, opener: str) -> Args | None:
+    def read(self, text: str, wording: str) -> Args | None:
         """The arguments of a prompt without its manner and final mark; None where it is worded in another way."""
-        for wording in (self.order, self.question):
-            if match := _pattern(f"{self.fact}{opener}{wording}").fullmatch(text):
-                return match.groupdict()
-        return None
+        match = _pattern(f"{self.fact}{wording}").fullmatch(text)
+        return match.groupdict() if match else None
 
 
 @cache
