@@ -25,14 +25,7 @@ from rayrlhf.worlds.words import COURTESY, RAMBLE, RUDE
 __all__ = ["MANNERS", "OPENERS", "Instructions", "Task", "respond"]
 
 MANNERS = ("", "politely", "in one word", "in a sentence", "in at most 5 words", "politely in a sentence")
-OPENERS = {
-    "": "order",
-    "please ": "order",
-    "now ": "order",
-    "so ": "question",
-    "tell me, ": "question",
-    "and ": "question",
-}
+OPENERS = {"order": ("", "please ", "now "), "question": ("", "tell me, ", "so ")}
 MOST_WORDS = 12
 """The longest proper answer has 11 words; anything longer than this is not concise."""
 HELD_OUT_SHARE = 8
