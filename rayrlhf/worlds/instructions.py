@@ -53,10 +53,14 @@ class Task:
 
     @cached_property
     def held_out(self) -> bool:
-        """By the combination, not the words; what has a single argument is combined with its manner."""
-        combination = self.kind.combination(self.args)
-        parts = (self.kind.name, *combination, *((self.manner,) if len(combination) == 1 else ()))
-        return zlib.crc32(" ".join(parts).encode()) % HELD_OUT_SHARE == 0
+        """By what is combined, not by the words."""
+        return zlib.crc32(" ".join(self.combination).encode()) % HELD_OUT_SHARE == 0
+
+    @property
+    def combination(self) -> tuple[str, ...]:
+        """The kind and its arguments; with its manner too where arguments are few."""
+        parts = (self.kind.name, *self.kind.combination(self.args))
+        return (*parts, self.manner) if self.kind.few else parts
 
     def sentence(self, answer: str) -> str:
         """The answer in a sentence, where the kind has one."""

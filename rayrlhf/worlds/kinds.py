@@ -56,6 +56,8 @@ class Kind(ABC):
     """The answer in a sentence; empty where there is none."""
     one_word: ClassVar[bool] = False
     """Whether one word can answer."""
+    few: ClassVar[bool] = False
+    """Whether there are only some dozens of arguments."""
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Args: ...
@@ -96,7 +98,7 @@ class Listing(Kind):
     """ "name 2 animals": distinct members, in any order."""
 
     name, order, question = "list", "name {n} {kinds}", "can you name {n} {kinds}"
-    frame = "{answer} are {kinds}"
+    frame, few = "{answer} are {kinds}", True
 
     def draw(self, rng: random.Random) -> Args:
         return {"n": str(rng.randint(2, 4)), "kinds": f"{rng.choice(tuple(MEMBERS))}s"}
@@ -149,7 +151,7 @@ class Opposite(Kind):
     """ "name the opposite of hot"."""
 
     name, order, question = "opposite", "name the opposite of {word}", "what is the opposite of {word}"
-    frame, one_word = "the opposite of {word} is {answer}", True
+    frame, one_word, few = "the opposite of {word} is {answer}", True, True
 
     def draw(self, rng: random.Random) -> Args:
         return {"word": rng.choice(tuple(OPPOSITE))}

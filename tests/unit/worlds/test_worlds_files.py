@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,28 +29,20 @@ def words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def exercises(text: str) -> list[tuple[str, str, str]]:
-    """(prompt, response, mark) of each exercise in a document: the prompt is its longest start that is one."""
-    found = []
-    for line in text.splitlines():
-        body, _, mark = line.rpartition(" ")
-        if mark not in ("right", "wrong"):
+def exercises(text: str) -> list[tuple[str, str]]:
+    """(prompt, response) of each exercise in a document: a line that is an instruction, and the line after it."""
+    lines, found = text.splitlines(), []
+    for prompt, response in pairwise(lines):
+        try:
+            read(prompt)
+        except DataError:
             continue
-        starts = []
-        for end in re.finditer(r"[.?]", body):
-            try:
-                read(body[: end.end()])
-            except DataError:
-                continue
-            starts.append(body[: end.end()])
-        found.append((starts[-1], body[len(starts[-1]) :].strip(), mark))
+        found.append((prompt, response))
     return found
 
 
 def combination(prompt: str) -> tuple[str, ...]:
-    task = read(prompt)
-    parts = task.kind.combination(task.args)
-    return (task.kind.name, *parts, *((task.manner,) if len(parts) == 1 else ()))
+    return read(prompt).combination
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(world: World, tmp_path: Path) -> None:
@@ -84,16 +76,19 @@ def test_every_file_is_read_by_its_reader(paths: dict[str, Path], files: Records
         assert len(found) == len(files[name])
 
 
-def test_a_prompt_occurs_in_one_file_only_and_once_there(files: Records) -> None:
-    prompts = Counter(record["prompt"] for name in (*TRAINING, *HELD_OUT) for record in files[name])
-    assert {prompt for prompt, times in prompts.items() if times > 1} == set()
+def test_held_out_prompts_differ_from_each_other_and_from_all_that_is_trained_on(files: Records) -> None:
+    trained_on = {record["prompt"] for name in TRAINING for record in files[name]}
+    for name in HELD_OUT:
+        prompts = [record["prompt"] for record in files[name]]
+        assert len(set(prompts)) == len(prompts)
+        assert not trained_on & set(prompts)
 
 
 def test_the_combinations_of_held_out_prompts_occur_in_no_other_file(files: Records) -> None:
     held_out = {combination(record["prompt"]) for name in HELD_OUT for record in files[name]}
     seen = {combination(record["prompt"]) for name in TRAINING for record in files[name]}
     texts = files["text"][:5000]
-    seen |= {combination(prompt) for record in texts for prompt, _, _ in exercises(record["text"])}
+    seen |= {combination(prompt) for record in texts for prompt, _ in exercises(record["text"])}
     assert len(held_out) > 50
     assert held_out & seen == set()
 

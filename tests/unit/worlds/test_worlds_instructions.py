@@ -23,18 +23,19 @@ def tasks(each: int = 12) -> Iterator[Task]:
     for kind in KINDS.values():
         for _ in range(each):
             args = kind.draw(rng)
-            for manner, asks in product(manners(kind, args), (False, True)):
-                yield Task(kind, args, manner, asks)
+            for manner, (wording, openers) in product(manners(kind, args), OPENERS.items()):
+                yield from (Task(kind, args, manner, wording, opener) for opener in openers)
 
 
 def test_every_prompt_reads_back_to_its_own_task() -> None:
     for task in tasks(each=40):
         found = read(task.prompt)
-        assert (found.kind.name, found.args, found.manner, found.asks) == (
+        assert (found.kind.name, found.args, found.manner, found.wording, found.opener) == (
             task.kind.name,
             task.args,
             task.manner,
-            task.asks,
+            task.wording,
+            task.opener,
         )
 
 
@@ -49,7 +50,7 @@ def test_every_kind_and_every_manner_is_drawn_held_out_or_not() -> None:
 
 def test_what_is_held_out_does_not_depend_on_the_wording() -> None:
     for task in tasks():
-        assert Task(task.kind, task.args, task.manner, not task.asks).held_out == task.held_out
+        assert Task(task.kind, task.args, task.manner, "order", "now ").held_out == task.held_out
 
 
 def test_every_right_answer_of_every_kind_in_every_manner_has_gold_1(world: World) -> None:
