@@ -43,8 +43,8 @@ def test_each_rayrlhf_command_parses_and_its_config_loads(words: list[str]) -> N
     group = get_command(app)
     command: Command = group.commands[words[1]]  # type: ignore[attr-defined]
     context = command.make_context(words[1], words[2:])
-    if words[1] == "report":
-        assert context.params["runs"]
+    if words[1] in ("report", "eval"):
+        assert context.params["runs" if words[1] == "report" else "subjects"]
         return
     config = load_config(ROOT / context.params["config"], context.params["overrides"] or [], environ={})
     assert config.stages()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.evaluation.summary import summarise
+from rayrlhf.evaluation.summary import choice, summarise
+from rayrlhf.types import ChoiceQuestion
 
 
 def answer(text: str, tokens: int, reward: float, **fields: Any) -> dict[str, Any]:
@@ -43,7 +44,16 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def summary() -> dict[str, Any]:
-    measures = {"sft": {"pretrain_loss": 2.5, "choices": [True, False, True, True]}, "ppo": {"pretrain_loss": 2.75}}
+    choices = [
+        {"source": source, "right": right, "right_by_character": by_character, "chance": chance}
+        for source, right, by_character, chance in (
+            ("a", True, True, 0.25),
+            ("a", False, True, 0.25),
+            ("b", True, False, 0.5),
+            ("b", True, False, 0.5),
+        )
+    ]
+    measures = {"sft": {"pretrain_loss": 2.5, "choices": choices}, "ppo": {"pretrain_loss": 2.75}}
     return summarise(rows(), measures, "sft", resamples=200, seed=0)
 
 
@@ -130,3 +140,17 @@ def test_without_a_world_there_is_no_gold_and_a_held_out_reward_model_has_its_ow
 def test_a_summary_is_plain_json_and_the_same_for_the_same_seed(summary: dict[str, Any]) -> None:
     assert json.loads(json.dumps(summary)) == summary
     assert summarise(rows(), {}, "sft", 200, 0)["gold_win_rate"] == summary["gold_win_rate"]
+
+
+def test_multiple_choice_is_by_source_too_beside_what_guessing_gives(summary: dict[str, Any]) -> None:
+    assert summary["choices_by_source"]["sft"] == {
+        "a": {"questions": 2, "right": 0.5, "right_by_character": 1.0, "chance": 0.25},
+        "b": {"questions": 2, "right": 1.0, "right_by_character": 0.0, "chance": 0.5},
+    }
+
+
+def test_a_choice_is_right_as_a_whole_or_per_character() -> None:
+    question = ChoiceQuestion("the sky is", ("blue", "as green as grass"), 1, "made")
+    # -4 / 4 characters against -10 / 17: the long one is the less likely whole, and the likelier per character
+    found = choice(question, [-4.0, -10.0])
+    assert found == {"source": "made", "right": False, "right_by_character": True, "chance": 0.5}

@@ -71,6 +71,7 @@ def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
     evaluation = {
         "prompts": 500,
         "temperature": 1.0,
+        "base": "sft",
         "reward_mean": {"sft": cell(0.0, 0.1), "best_of_8": cell(1.0, 0.1), "ppo": cell(2.0, 0.125)},
         "gold_win_rate": {"best_of_8_vs_sft": cell(0.6, 0.03), "ppo_vs_sft": cell(0.75, 0.025)},
         "kl_per_response": {"sft": cell(0, 0), "best_of_8": cell(1.204, 0) | {"bound": True}, "ppo": cell(3.5, 0.25)},
@@ -85,10 +86,11 @@ def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
         for line in written.getvalue().split("\n")
     ]
     assert ["500 held-out prompts, temperature 1; wins are over sft"] in lines
-    assert ["arm", "gold win rate", "reward", "KL, nats", "text loss"] in lines
-    assert ["sft", "-", "0.000 ±0.100", "0.000 ±0.000", "2.500"] in lines
-    assert ["best_of_8", "0.600 ±0.030", "1.000 ±0.100", "< 1.204", "-"] in lines
-    assert ["ppo", "0.750 ±0.025", "2.000 ±0.125", "3.500 ±0.250", "2.625"] in lines
+    assert ["", "sft", "best of 8", "ppo"] in lines
+    assert ["gold win rate", "-", "0.600 ±0.030", "0.750 ±0.025"] in lines
+    assert ["reward", "0.000 ±0.100", "1.000 ±0.100", "2.000 ±0.125"] in lines
+    assert ["KL, nats a response", "0.000 ±0.000", "< 1.204", "3.500 ±0.250"] in lines
+    assert ["loss on text", "2.500", "-", "2.625"] in lines
 
 
 def test_the_summary_of_a_run_has_evals_numbers_and_the_reward_models_accuracy() -> None:

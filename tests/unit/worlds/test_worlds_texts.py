@@ -23,7 +23,7 @@ def ending(told: str) -> str:
     for sentence in sentences:
         if found := re.fullmatch(r"on (\w+) it was \w+", sentence):
             day = found[1]
-        elif found := re.fullmatch(r"(\w+) was at the (\w+) with some (\w+)", sentence):
+        elif found := re.fullmatch(r"(\w+) was at the (\w+) with (\w+)", sentence):
             place[found[1]], holds[found[1]] = found[2], found[3]
         elif found := re.fullmatch(r"(\w+) went to the (\w+)", sentence):
             place[found[1]] = found[2]
