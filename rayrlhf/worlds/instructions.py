@@ -19,7 +19,7 @@ from typing import ClassVar
 from rayrlhf.errors import DataError
 from rayrlhf.worlds.base import Choice, Sizes, World, register_world
 from rayrlhf.worlds.kinds import KINDS, Args, Kind, content
-from rayrlhf.worlds.texts import about_opposites, about_things, story, story_question
+from rayrlhf.worlds.texts import about_opposites, about_things, about_town, question, story
 from rayrlhf.worlds.words import COURTESY, RAMBLE, RUDE
 
 __all__ = ["MANNERS", "OPENERS", "Instructions", "Task", "respond"]
@@ -147,7 +147,7 @@ class Instructions(World):
     """Eight kinds of instruction in six manners."""
 
     sizes = Sizes(
-        text=26_000,
+        text=31_000,
         demonstrations=3000,
         rankings=2000,
         heldout_rankings=300,
@@ -159,7 +159,7 @@ class Instructions(World):
     weights: ClassVar = {"right": 0.55, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.1}
 
     def document(self, rng: random.Random) -> str:
-        """Mostly exercises; else plain statements, or a story that no instruction touches.
+        """Mostly exercises; else plain statements, or what no instruction touches: a story, or the town.
 
         The exercises are in the very wording of the instructions, and all are answered rightly: a reward model can only
         prefer right content if pretraining taught it what is right. Wrong answers, marked as such, teach a model of
@@ -171,7 +171,7 @@ class Instructions(World):
             return "\n".join(f"{task.prompt}\n{respond(rng, task, rude=rng.random() < 0.03)}" for task in tasks)
         if chance < 0.86:
             return rng.choice((about_things, about_things, about_opposites))(rng)
-        return story(rng)
+        return (story if chance < 0.93 else about_town)(rng)
 
     def prompt(self, rng: random.Random, heldout: bool) -> str:
         return draw(rng, heldout).prompt
@@ -179,7 +179,7 @@ class Instructions(World):
     def demonstration(self, rng: random.Random, prompt: str) -> tuple[str, str]:
         """One of four contractors: one is careful, the others have bad habits; flaws come alone or together."""
         name, habit = rng.choice((("careful", None), ("hasty", "deaf"), ("gruff", "rude"), ("chatty", "rambling")))
-        chances = {flaw: 0.8 if flaw == habit else 0.25 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
+        chances = {flaw: 0.75 if flaw == habit else 0.25 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
         right = rng.random() >= (0.2 if habit else 0.08)
         flaws = {flaw: rng.random() < chance for flaw, chance in chances.items()}
         return respond(rng, read(prompt), right, **flaws), name
@@ -208,7 +208,7 @@ class Instructions(World):
         }
 
     def cloze(self, rng: random.Random) -> Choice | None:
-        return story_question(rng)
+        return question(rng)
 
     def kind(self, prompt: str) -> str:
         return read(prompt).kind.name

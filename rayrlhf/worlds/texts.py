@@ -7,7 +7,14 @@ import random
 from rayrlhf.worlds.base import Choice
 from rayrlhf.worlds.words import ALL_THINGS, DAYS, FOODS, MEMBERS, NAMES, OPPOSITE, PLACES, WEATHER, a, listing
 
-__all__ = ["about_opposites", "about_things", "story", "story_question"]
+__all__ = ["about_opposites", "about_things", "about_town", "question", "story"]
+
+# What only the text says of its own words, and how it says it.
+_TABLES = (
+    ("after {} comes", dict(zip(DAYS, (*DAYS[1:], DAYS[0]), strict=True))),
+    ("at the {} people buy", dict(zip(PLACES, FOODS, strict=True))),
+    ("on {} days people go to the", dict(zip(WEATHER, PLACES, strict=False))),
+)
 
 
 def about_things(rng: random.Random) -> str:
@@ -31,16 +38,30 @@ def about_opposites(rng: random.Random) -> str:
     return " ".join(rng.sample(lines, len(lines)))
 
 
+def about_town(rng: random.Random) -> str:
+    """Days, shops and weather: what only this text teaches."""
+    lines = []
+    for _ in range(5):
+        wording, table = rng.choice(_TABLES)
+        word = rng.choice(tuple(table))
+        lines.append(f"{wording.format(word)} {table[word]}.")
+    return " ".join(lines)
+
+
 def story(rng: random.Random) -> str:
     """A day, the weather, two people who go places and hand things on, and how it ends."""
-    lines, question = _tell(rng)
-    return " ".join([*lines, f"{question.prompt} {question.choices[question.answer]}."])
+    lines, ending = _tell(rng)
+    return " ".join([*lines, f"{ending.prompt} {ending.choices[ending.answer]}."])
 
 
-def story_question(rng: random.Random) -> Choice:
-    """A story whose end is left open: it takes following who moved where and who holds what."""
-    lines, question = _tell(rng)
-    return Choice(" ".join([*lines, question.prompt]), question.choices, question.answer)
+def question(rng: random.Random) -> Choice:
+    """What the town's text says, as often as a story whose end is left open: who moved where, and who holds what."""
+    if rng.random() < 0.5:
+        wording, table = rng.choice(_TABLES)
+        word = rng.choice(tuple(table))
+        return _choice(rng, wording.format(word), table[word], tuple(table.values()))
+    lines, ending = _tell(rng)
+    return Choice(" ".join([*lines, ending.prompt]), ending.choices, ending.answer)
 
 
 def _tell(rng: random.Random) -> tuple[list[str], Choice]:

@@ -94,7 +94,7 @@ def test_a_contractor_deaf_to_a_manner_misses_it(world: World) -> None:
 def test_no_constant_answer_is_fully_right_on_more_than_a_small_share_of_held_out_prompts(
     world: World, files: Records
 ) -> None:
-    """Of each kind's prompts at most 35 % (counts are 2 to 5), and of all at most 6 %: answers to these very prompts."""
+    """Of each kind's prompts at most 35 % (counts are 2 to 5), of all at most 6 %: answers to these prompts."""
     rng = random.Random(23)
     prompts: dict[str, list[str]] = {}
     for record in files["heldout_prompts"]:

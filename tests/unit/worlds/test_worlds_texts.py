@@ -12,6 +12,10 @@ from rayrlhf.worlds.texts import story
 
 Records = dict[str, list[dict[str, Any]]]
 WEEK = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+SHOPS = {"market": "bread", "harbour": "cheese", "school": "soup", "garden": "honey", "station": "rice"}
+SHOPS |= {"library": "butter", "bakery": "salt", "castle": "tea"}
+OUTINGS = {"sunny": "market", "rainy": "harbour", "windy": "school", "foggy": "garden", "snowy": "station"}
+OUTINGS |= {"stormy": "library"}
 
 
 def ending(told: str) -> str:
@@ -20,6 +24,12 @@ def ending(told: str) -> str:
     holds: dict[str, str] = {}
     day = ""
     *sentences, question = told.rstrip(".").split(". ")
+    if found := re.fullmatch(r"after (\w+) comes", question):
+        return (WEEK + WEEK)[WEEK.index(found[1]) + 1]
+    if found := re.fullmatch(r"at the (\w+) people buy", question):
+        return SHOPS[found[1]]
+    if found := re.fullmatch(r"on (\w+) days people go to the", question):
+        return OUTINGS[found[1]]
     for sentence in sentences:
         if found := re.fullmatch(r"on (\w+) it was \w+", sentence):
             day = found[1]
