@@ -180,7 +180,7 @@ def _evaluation(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "cloze_accuracy": {arm: {"value": 0.62, "ci95": [0.55, 0.69]} for arm in arms},
         "distinct_2": {arm: DISTINCT_2[arm] for arm in arms},
         "flags": {arm: {"right": ARMS[arm][0], "polite": 0.25, "rude": 0.0} for arm in arms},
-        "reward_accuracy": {"heldout": 0.71, "labeler_agreement": 0.83, "labeler_a": 0.72, "labeler_b": 0.69},
+        "reward_accuracy": {"heldout": 0.71, "labeler_agreement": 0.83, "labeler_1": 0.72, "labeler_2": 0.69},
     }
 
 
@@ -192,7 +192,7 @@ def _summary(
     results: dict[str, dict[str, Any]] = {
         "pretrain": {"heldout_loss_before": 6.62, "heldout_loss": 1.19, "parameters": 900352, "seconds": 56.6},
         "sft": {"heldout_loss_before": 4.25, "heldout_loss": 1.37, "seconds": 21.5},
-        "reward": {"train_loss": 0.62, "seconds": 19.8, "accuracy": {"labeler_a": {"accuracy": 0.72}}},
+        "reward": {"train_loss": 0.62, "seconds": 19.8, "accuracy": {"labeler_1": {"accuracy": 0.72}}},
         "dpo": {"train_loss": 0.48, "seconds": 15.1},
         "ppo": {"steps": steps, "seconds": 244.0, "arms": {arm: {"steps": steps, "seconds": 120.0} for arm in trained}},
     }
@@ -215,7 +215,7 @@ def _summary(
 def _config(name: str, seed: int, steps: int, kl_coef: float) -> str:
     return f"""\
 run: {{name: {name}, seed: {seed}, output: runs}}
-world: {{name: starter}}
+world: {{name: instructions}}
 model:
   from_scratch: {{architecture: llama, vocab_size: 768, hidden_size: 128, layers: 4, heads: 4, context: 128}}
 ppo:
