@@ -107,11 +107,11 @@ def test_answers_are_searched_filtered_and_paged(opened: Opened, report: Path) -
     assert status.inner_text() == f"1{DASH}20 of 512"
     page.get_by_role("button", name="Next").first.click()
     assert status.inner_text() == f"21{DASH}40 of 512"
-    page.get_by_label("Search", exact=True).first.fill("opposite")
+    page.get_by_label("Search", exact=True).first.fill("barn")
     playwright.expect(status).to_contain_text("filtered from 512")
     rows = answers(page).locator("tbody tr").all_inner_texts()
-    assert len(rows) == sum("opposite" in line for line in report.with_name("answers.jsonl").read_text().splitlines())
-    assert all("opposite" in row for row in rows)
+    assert len(rows) == sum("barn" in line for line in report.with_name("answers.jsonl").read_text().splitlines())
+    assert all("barn" in row for row in rows)
     page.get_by_label("Search", exact=True).first.fill("no such words")
     playwright.expect(status).to_have_text("none of 512")
     page.get_by_label("Search", exact=True).first.fill("")
@@ -233,7 +233,7 @@ def test_a_comparison_and_a_run_in_ruins_open_in_silence(browser: Any, tmp_path:
     runs = [write_run(tmp_path / name, 3, 4, ("ppo",), (), seed) for seed, name in enumerate(("one", "two"))]
     with show(browser, write_report(runs)) as seen:
         assert seen.said == []
-        assert seen.page.locator("#plot-reward-mean .direct").all_text_contents() == ["one", "two"]
+        assert sorted(seen.page.locator("#plot-reward-mean .direct").all_text_contents()) == ["one", "two"]
     for name in ("answers.jsonl", "samples.jsonl", "summary.json", "metrics.jsonl"):
         (runs[0] / name).unlink()
     with show(browser, write_report(runs[:1])) as seen:

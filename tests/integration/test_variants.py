@@ -43,7 +43,7 @@ def test_models_given_by_relative_path_run_sharded_and_tensor_parallel_and_agree
     ]
     done = rayrlhf("ppo", *arguments, timeout=380)
     assert done.returncode == 0, done.stdout + done.stderr
-    got, want = last_steps(tmp_path / "runs" / "demo"), finished.metrics("ppo")[:2]
+    got, want = last_steps(tmp_path / "runs" / "tiny"), finished.metrics("ppo")[:2]
     assert len(got) == 2
     for a, b in zip(got, want, strict=True):
         for name in ("reward/mean", "kl/mean", "policy/loss", "policy/grad_norm", "value/loss", "response/length_mean"):

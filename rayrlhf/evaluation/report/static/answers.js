@@ -43,7 +43,7 @@ function answerCell(answer, sft, vocabulary, judge) {
   const parts = [["reward", answer.reward], ["gold", answer.gold], ["KL", sft ? answer.sum ?? null : null], ["tokens", answer.length ?? null]].filter(([, value]) => value !== null);
   const verdict = compare(answer, sft, judge);
   return h("td", {}, answerText(answer, vocabulary),
-    h("p", { class: "meta" }, parts.map(([name, value]) => h("span", {}, `${name} `, h("b", {}, number(value))))),
+    h("p", { class: "meta" }, parts.map(([name, value]) => h("span", {}, `${name} `, h("b", {}, number(value === null || value === undefined ? value : Math.round(value * 1e3) / 1e3))))),
     (verdict || answer.truncated || answer.flags.length > 0) && h("p", { class: "meta" },
       verdict && h("span", { class: `verdict ${verdict}` }, { better: "▲ better than SFT", worse: "▼ worse than SFT", same: "= SFT" }[verdict]),
       answer.truncated && h("span", { class: "chip cut" }, "truncated"),
