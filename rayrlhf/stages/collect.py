@@ -18,7 +18,6 @@ from rayrlhf.config import Config
 from rayrlhf.driver.pacing import sample_seed
 from rayrlhf.errors import DataError
 from rayrlhf.stages.context import StageContext
-from rayrlhf.stages.datasets import Prompts
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet
 from rayrlhf.stages.sampling import Answer, answers, fetch_rollouts, sample
@@ -41,7 +40,7 @@ async def _collect(context: StageContext, sft: str, workspace: Path) -> dict[str
     config, collect = context.config, context.config.collect
     assert collect is not None  # config/root.py has seen to this, and to the next one
     assert config.world.name is not None
-    train, held = context.data.ranking_prompts, _first(context.data.heldout_prompts, collect.heldout)
+    train, held = context.data.ranking_prompts, context.data.heldout_prompts.tokens[: collect.heldout]
     # Both sorts of prompts go to the same engines, so each keeps its own numbers: the held-out ones come after.
     offset = 1 + max(prompt.prompt_id for prompt in train.tokens)
     shifted = [PromptTokens(p.prompt_id + offset, p.tokens) for p in held]
@@ -68,10 +67,6 @@ async def _collect(context: StageContext, sft: str, workspace: Path) -> dict[str
         lines = "".join(json.dumps(record) + "\n" for p in ids for record in rankings.of(p.prompt_id, gold))
         (workspace / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return rankings.summary() | {"responses": len(found), "memory_gib": memory}
-
-
-def _first(prompts: Prompts, count: int) -> list[PromptTokens]:
-    return prompts.tokens[:count]
 
 
 def _requests(config: Config, prompts: Sequence[PromptTokens]) -> list[SampleRequest]:

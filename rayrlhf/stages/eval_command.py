@@ -15,7 +15,7 @@ from rayrlhf.metrics.sinks import RunSink
 from rayrlhf.stages import preflight
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Datasets
-from rayrlhf.stages.evaluation import BASE, evaluate_models
+from rayrlhf.stages.evaluation import arm_models, evaluate_models
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.stages.summary import show_evaluation
 from rayrlhf.stages.world import with_world
@@ -60,15 +60,10 @@ def _of_run(run: Path) -> tuple[dict[str, str], str | None]:
         raise ConfigError(
             f"{run}: the run has no SFT model to compare with", "add sft to its run.stages, or set sft.path"
         )
-    models = {BASE: absolute(sft)}
-    if (run / "model_dpo").is_dir():
-        models["dpo"] = str((run / "model_dpo").resolve())
-    *others, last = config.arms()
-    models |= {arm: str((run / f"model_{arm}").resolve()) for arm in others if (run / f"model_{arm}").is_dir()}
-    if (run / "model").is_dir():
-        models[last] = str((run / "model").resolve())
+    left = {"dpo": run / "model_dpo", "ppo": run / "model"}
+    parents = {"sft": absolute(sft)} | {stage: str(path.resolve()) for stage, path in left.items() if path.is_dir()}
     reward = config.reward.path or stages.get("reward", {}).get("model")
-    return models, absolute(reward) if reward else None
+    return arm_models(config, parents), absolute(reward) if reward else None
 
 
 def _arm_name(path: str) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def evaluate_models(
 
 
 def arm_models(config: Config, parents: Mapping[str, str]) -> dict[str, str]:
-    """Folder of each policy by arm: SFT, DPO if there is one, the PPO arms in their order."""
+    """Folder of each policy by arm: SFT, DPO if there is one, the PPO arms in their order.
+
+    `parents["ppo"]` is the last arm's; those of the others lie beside it, wherever that is.
+    """
     models = {BASE: parents["sft"]} | {name: parents[name] for name in ("dpo",) if name in parents}
     if "ppo" in parents:
         *others, last = config.arms()
@@ -75,6 +79,11 @@ class _Arm:
     """of `eval.reward_model`, by sample_id"""
     measures: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def answer_to(self) -> dict[int, int]:
+        """prompt_id -> sample_id"""
+        return {rollout.info.prompt_id: sample_id for sample_id, rollout in self.rollouts.items()}
+
 
 class _Evaluation:
     def __init__(self, context: StageContext, models: Mapping[str, str], reward: str | None, workspace: Path) -> None:
@@ -82,6 +91,7 @@ class _Evaluation:
         self.config = context.config
         self.models = models
         self.workspace = workspace
+        self.pool: EnginePool | None = None
         self.base = next(iter(models))
         self.prompts: list[PromptTokens] = []
         self.records: dict[int, Prompt] = {}
@@ -97,7 +107,6 @@ class _Evaluation:
 
     async def run(self) -> dict[str, Any]:
         arms: dict[str, _Arm] = {}
-        self.pool: EnginePool | None = None
         with StageProgress(self.context.console, "eval") as progress:
             try:
                 progress.phase("starting")
@@ -207,8 +216,7 @@ class _Evaluation:
         prompt = record.prompt[-1][1]
         row: dict[str, Any] = {"prompt_id": prompt_id, "prompt": prompt, "kind": record.source, "answers": {}}
         for name, arm in arms.items():
-            sample_id = next(i for i, r in arm.rollouts.items() if r.info.prompt_id == prompt_id)
-            row["answers"][name] = self._judged(prompt, arm, sample_id, world)
+            row["answers"][name] = self._judged(prompt, arm, arm.answer_to[prompt_id], world)
         return row
 
     def _judged(self, prompt: str, arm: _Arm, sample_id: int, world: World | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from rayrlhf.stages.roles import MODEL_ROLES, RoleSet, first_ratio
 from rayrlhf.stages.saving import PolicySaver
 from rayrlhf.stages.verification import VerifiedLearners
 
-__all__ = ["judge_of", "run_ppo_stage"]
+__all__ = ["join_arms", "judge_of", "run_ppo_stage"]
 
 
 def run_ppo_stage(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
@@ -84,25 +84,27 @@ class _Run:
             finally:
                 clock.close()
                 await self.roles.stop()
-        self._join_records(list(results))
+        join_arms(self.workspace, list(results))
         counts = self.context.data.prompts.counts
         return results[name] | {"arms": results, "data": counts, "start_seconds": ready - start}
-
-    def _join_records(self, arms: Sequence[str]) -> None:
-        """One metrics.jsonl and samples.jsonl of all arms, in their order: what a run that finds them done shows."""
-        others = [self.workspace / "arms" / name for name in arms[:-1]]
-        for file in ("metrics.jsonl", "samples.jsonl"):
-            parts = [*(folder / file for folder in others), self.workspace / file]
-            text = "".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
-            if text:
-                (self.workspace / file).write_text(text, encoding="utf-8")
-        for folder in others:
-            shutil.copytree(folder / "model", self.workspace / f"model_{folder.name}")
-        shutil.rmtree(self.workspace / "arms", ignore_errors=True)
 
     def text_blocks(self) -> np.ndarray:
         """int32 [blocks, L]: what PPO-ptx reads."""
         return np.stack([example.tokens for example in self.context.data.pretrain.train])
+
+
+def join_arms(workspace: Path, arms: Sequence[str]) -> None:
+    """Bring what the other arms left in arms/<name>/ beside what the last one left: models by name, records in order."""
+    others = [workspace / "arms" / name for name in arms[:-1]]
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        parts = [*(folder / file for folder in others), workspace / file]
+        text = "".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
+        if text:
+            (workspace / file).write_text(text, encoding="utf-8")
+    for folder in others:
+        for model in folder.glob("model*"):  # and its average, where there is one
+            model.rename(workspace / model.name.replace("model", f"model_{folder.name}", 1))
+    shutil.rmtree(workspace / "arms", ignore_errors=True)
 
 
 class _Arm:

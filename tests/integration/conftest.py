@@ -70,12 +70,15 @@ def shared_memory() -> set[str]:
     return {p.name for p in Path("/dev/shm").glob("*") if not p.name.startswith("sem.")}
 
 
+def finish(config: str, name: str, output: Path, *overrides: str, timeout: float = 500) -> FinishedRun:
+    """`rayrlhf run`, which must end well, and what it left in shared memory."""
+    arguments, before = [config, f"run.name={name}", f"run.output={output}", *overrides], shared_memory()
+    done = rayrlhf("run", *arguments, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(output / name, output, arguments, done.stdout, shared_memory() - before)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The whole chain on the built-in world: one policy rank, one engine, 50 PPO steps."""
-    output = tmp_path_factory.mktemp("runs")
-    arguments = ["configs/tiny.yaml", "run.name=tiny", f"run.output={output}", *TINY]
-    before = shared_memory()
-    done = rayrlhf("run", *arguments, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(output / "tiny", output, arguments, done.stdout, shared_memory() - before)
+    return finish("configs/tiny.yaml", "tiny", tmp_path_factory.mktemp("runs"), *TINY)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import FinishedRun, rayrlhf, shared_memory
+from tests.integration.conftest import FinishedRun, finish, rayrlhf
 
 SMALL = [
     "world.size=0.05",
@@ -30,12 +30,7 @@ HUMAN_DATA = Path(os.environ.get("RAYRLHF_HUMAN_DATA", Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    output = tmp_path_factory.mktemp("demo")
-    arguments = ["configs/demo.yaml", "run.name=small", f"run.output={output}", *SMALL]
-    before = shared_memory()
-    done = rayrlhf("run", *arguments, timeout=560)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(output / "small", output, arguments, done.stdout, shared_memory() - before)
+    return finish("configs/demo.yaml", "small", tmp_path_factory.mktemp("demo"), *SMALL)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -127,11 +127,11 @@ def test_the_best_epoch_is_what_sharded_ranks_save_when_the_last_ones_overfit(
 
 def test_the_epoch_whose_responses_the_reward_model_likes_best_is_saved(finished: FinishedRun, noise: Path) -> None:
     judge = finished.artifact("reward") / "model"
-    run = run_sft(finished, noise, "liked", "sft.epochs=5", f"sft.select={{by: reward, reward_model: {judge}}}")
+    run = run_sft(finished, noise, "liked", "sft.epochs=8", f"sft.select={{by: reward, reward_model: {judge}}}")
     epochs = [r for r in run.metrics("sft") if "reward" in r]
     rewards = [r["reward"] for r in epochs]
-    assert len(rewards) == 5
-    assert len(set(rewards)) > 1
+    assert len(rewards) == 8
+    assert len(set(rewards)) >= 5  # two epochs may answer alike, word for word
     best = epochs[int(np.argmax(rewards))]
     assert run.summary["stages"]["sft"]["selected"] == {k: best[k] for k in ("step", "heldout_loss", "reward")}
     assert f"reward {best['reward']:.4g}" in run.stdout
