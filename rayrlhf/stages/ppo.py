@@ -94,7 +94,7 @@ class _Run:
 
 
 def join_arms(workspace: Path, arms: Sequence[str]) -> None:
-    """Bring what the other arms left in arms/<name>/ beside what the last one left: models by name, records in order."""
+    """Bring what the other arms left in arms/<name>/ beside the last one's: models by name, records in order."""
     others = [workspace / "arms" / name for name in arms[:-1]]
     for file in ("metrics.jsonl", "samples.jsonl"):
         parts = [*(folder / file for folder in others), workspace / file]
