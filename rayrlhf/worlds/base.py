@@ -104,7 +104,7 @@ def create_world(name: str, module: str | None = None) -> World:
     """The world called `name`; `module`, a .py file or an importable module, is imported first and may register it.
 
     Raises:
-        ConfigError: no such world, module or file, or the module cannot be imported.
+        ConfigError: no such world, module or file; the module cannot be imported, or the world cannot be made.
     """
     import rayrlhf.worlds.instructions  # noqa: F401 (registers itself)
 
@@ -113,21 +113,27 @@ def create_world(name: str, module: str | None = None) -> World:
     if name not in _WORLDS:
         where = f" in {module}" if module else "; a world of your own needs world.module"
         raise ConfigError(f"world.name: no world {name!r}", f"known are {', '.join(sorted(_WORLDS))}{where}")
-    return _WORLDS[name]()
+    world = _WORLDS[name]
+    try:
+        return world()
+    except Exception as error:  # somebody's own class: anything may go wrong in it
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"world.name: {name!r} ({world.__qualname__}) cannot be made: {reason}", "mend it") from error
 
 
 def _import(module: str) -> None:
     path = Path(module)
+    if path.suffix == ".py" and not path.is_file():
+        raise ConfigError(f"world.module: there is no file {path}", "name a .py file, or an importable module")
     try:
         if path.suffix != ".py":
             importlib.import_module(module)
             return
-        if not path.is_file():
-            raise ConfigError(f"world.module: there is no file {path}", "name a .py file, or an importable module")
         spec = importlib.util.spec_from_file_location(f"rayrlhf_world_{path.stem}", path.resolve())
         assert spec is not None
         assert spec.loader is not None
         sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
-    except (ImportError, SyntaxError, NameError) as error:
-        raise ConfigError(f"world.module: {module} cannot be imported: {error}", "mend it, or name another") from error
+    except Exception as error:  # somebody's own code: anything may go wrong in it
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"world.module: {module} cannot be imported: {reason}", "mend it, or name another") from error

@@ -96,13 +96,27 @@ def test_a_module_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("def :", "invalid syntax"), ("import no_such_module_here", "no_such_module_here"), ("World", "'World'")],
+    [
+        ("def :", "invalid syntax"),
+        ("import no_such_module_here", "no_such_module_here"),
+        ("World", "'World'"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
 )
 def test_a_module_that_cannot_be_imported_says_why(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "broken.py").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"world\.module: .*broken\.py cannot be imported") as caught:
         create_world("instructions", str(tmp_path / "broken.py"))
     assert reason in caught.value.message
+
+
+def test_a_world_whose_methods_are_missing_says_which(tmp_path: Path) -> None:
+    text = (
+        "from rayrlhf.worlds.base import World, register_world\n@register_world('bare')\nclass Bare(World):\n    pass\n"
+    )
+    (tmp_path / "bare.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"world\.name: 'bare' \(Bare\) cannot be made: TypeError.*demonstration"):
+        create_world("bare", str(tmp_path / "bare.py"))
 
 
 def test_a_module_name_that_nothing_has_says_so() -> None:
