@@ -2,8 +2,9 @@
 
     python benchmarks/demo_seeds.py configs/demo.yaml --seeds 0,1,2 [section.key=value ...]
 
-Every seed makes its own world, models and held-out prompts. Runs that are done already are read, not run again. Prints
-the table of the README; the last line is JSON.
+Every seed makes its own world, models and held-out prompts. Stages that are done already are taken, not run again; then
+`seconds of the command` is short, while the stages' seconds are those they took. Prints the tables of the README; the
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -41,13 +43,17 @@ def main(config: Path, overrides: Annotated[list[str] | None, typer.Argument()] 
     for seed in map(int, seeds.split(",")):
         arguments = [str(config), *(overrides or ()), f"run.seed={seed}", f"world.seed={seed}"]
         arguments.append(f"run.name=demo-seed-{seed}")
+        start = perf_counter()
         subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
         settings = load_config(config, arguments[1:])
-        runs[seed] = json.loads((settings.run.output / settings.run.name / "summary.json").read_text(encoding="utf-8"))
+        summary = settings.run.output / settings.run.name / "summary.json"
+        runs[seed] = json.loads(summary.read_text(encoding="utf-8"))
+        runs[seed]["seconds"] = perf_counter() - start
     evaluations = [run["evaluation"] for run in runs.values()]
     console.print(_table(evaluations))
     rows = [_row(seed, run) for seed, run in runs.items()]
     console.print(_checks(rows))
+    console.print(_seconds(rows))
     machine = {"machine": platform.platform(), "torch": torch.__version__}
     print(json.dumps({"config": str(config), "overrides": overrides or [], **machine, "seeds": rows}))
 
@@ -88,18 +94,29 @@ def _row(seed: int, run: Mapping[str, Any]) -> dict[str, Any]:
         "tax_left_with_ptx": losses["ppo_ptx"] - losses["sft"],
         "arms": {m: {a: _value(evaluation, m, a) for a in evaluation["gold_mean"]} for m in MEASURES},
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
-        "seconds_in_all": sum(stage["seconds"] for stage in stages.values()),
+        "command_seconds": run["seconds"],
     }
 
 
 def _checks(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="what the world is like, and the alignment tax, by seed")
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    names = [name for name, value in rows[0].items() if isinstance(value, float) and not name.endswith("seconds")]
     table.add_column("")
     for row in rows:
         table.add_column(f"seed {row['seed']}", justify="right")
     for name in names:
         table.add_row(name.replace("_", " "), *(f"{row[name]:.3f}" for row in rows))
+    return table
+
+
+def _seconds(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="seconds, by stage and of the command as a whole")
+    table.add_column("seed", justify="right")
+    for name in (*rows[0]["seconds"], "command"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        seconds = (*row["seconds"].values(), row["command_seconds"])
+        table.add_row(str(row["seed"]), *(f"{value:.0f}" for value in seconds))
     return table
 
 

@@ -79,9 +79,15 @@ def manners(kind: Kind, args: Args) -> list[str]:
     return [manner for manner in MANNERS if fits.get(manner, True)]
 
 
-def draw(rng: random.Random, held_out: bool | None = None, plain: float = 0.0) -> Task:
-    """A task of any kind, each as likely; held out or not, or (None) either; a share `plain` asks for no manner."""
-    kind = rng.choice(tuple(KINDS.values()))
+def draw(rng: random.Random, held_out: bool | None = None, plain: float = 0.0, practice: bool = False) -> Task:
+    """A task of any kind, each as likely; held out or not, or (None) either.
+
+    Args:
+        plain: share that asks for no manner.
+        practice: hard kinds twice as often.
+    """
+    kinds = tuple(KINDS.values())
+    kind = rng.choices(kinds, [2 if practice and kind.hard else 1 for kind in kinds])[0]
     while True:
         args = kind.draw(rng)
         manner = "" if rng.random() < plain else rng.choice(manners(kind, args))
@@ -147,7 +153,7 @@ class Instructions(World):
     """Eight kinds of instruction in six manners."""
 
     sizes = Sizes(
-        text=31_000,
+        text=26_000,
         demonstrations=3000,
         rankings=2000,
         heldout_rankings=300,
@@ -156,7 +162,7 @@ class Instructions(World):
         heldout_prompts=600,
         multiple_choice=400,
     )
-    weights: ClassVar = {"right": 0.55, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.1}
+    weights: ClassVar = {"right": 0.5, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.15}
 
     def document(self, rng: random.Random) -> str:
         """Mostly exercises; else plain statements, or what no instruction touches: a story, or the town.
@@ -167,7 +173,7 @@ class Instructions(World):
         """
         chance = rng.random()
         if chance < 0.76:
-            tasks = (draw(rng, held_out=False, plain=0.5) for _ in range(3))
+            tasks = (draw(rng, held_out=False, plain=0.5, practice=True) for _ in range(3))
             return "\n".join(f"{task.prompt}\n{respond(rng, task, rude=rng.random() < 0.03)}" for task in tasks)
         if chance < 0.86:
             return rng.choice((about_things, about_things, about_opposites))(rng)
@@ -180,7 +186,7 @@ class Instructions(World):
         """One of four contractors: one is careful, the others have bad habits; flaws come alone or together."""
         name, habit = rng.choice((("careful", None), ("hasty", "deaf"), ("gruff", "rude"), ("chatty", "rambling")))
         chances = {flaw: 0.75 if flaw == habit else 0.25 if habit else 0.05 for flaw in ("deaf", "rude", "rambling")}
-        right = rng.random() >= (0.2 if habit else 0.08)
+        right = rng.random() >= (0.12 if habit else 0.05)
         flaws = {flaw: rng.random() < chance for flaw, chance in chances.items()}
         return respond(rng, read(prompt), right, **flaws), name
 

@@ -58,6 +58,8 @@ class Kind(ABC):
     """Whether one word can answer."""
     few: ClassVar[bool] = False
     """Whether there are only some dozens of arguments."""
+    hard: ClassVar[bool] = False
+    """Whether a small model learns it late: pretraining text has it twice as often."""
 
     @abstractmethod
     def draw(self, rng: random.Random) -> Args: ...
@@ -98,7 +100,7 @@ class Listing(Kind):
     """ "name 2 animals": distinct members, in any order."""
 
     name, order, question = "list", "name {n} {kinds}", "can you name {n} {kinds}"
-    frame, few = "{answer} are {kinds}", True
+    frame, few, hard = "{answer} are {kinds}", True, True
 
     def draw(self, rng: random.Random) -> Args:
         return {"n": str(rng.randint(2, 4)), "kinds": f"{rng.choice(tuple(MEMBERS))}s"}
@@ -126,7 +128,7 @@ class Filter(Kind):
     """ "name one red fruit": any member with the trait."""
 
     name, order, question = "filter", "name one {trait} {kind}", "which {kind} is {trait}"
-    frame, one_word = "{answer} is {trait}", True
+    frame, one_word, few, hard = "{answer} is {trait}", True, True, True
 
     def draw(self, rng: random.Random) -> Args:
         thing = ALL_THINGS[rng.choice(_THINGS)]
@@ -206,7 +208,7 @@ class Sort(Kind):
     """ "sort 7, 2, 9": upwards."""
 
     name, order, question = "sort", "sort {numbers}", "what is the order of {numbers}"
-    frame = "the order is {answer}"
+    frame, hard = "the order is {answer}", True
 
     def draw(self, rng: random.Random) -> Args:
         return {"numbers": ", ".join(map(str, rng.sample(range(1, 13), 3)))}
@@ -248,6 +250,7 @@ class Fact(Kind):
 
     name, fact = "fact", "{who} has {x} {place}. "
     order, question = "say {asked}", "can you say {asked}"
+    hard = True
 
     def draw(self, rng: random.Random) -> Args:
         who, x, place = rng.choice(NAMES), a(rng.choice(_THINGS)), rng.choice(SITES)

@@ -91,26 +91,24 @@ def test_a_contractor_deaf_to_a_manner_misses_it(world: World) -> None:
     assert sum(missed) / len(missed) > 0.95
 
 
-def test_no_constant_answer_is_fully_right_on_more_than_a_small_share_of_held_out_prompts(
-    world: World, files: Records
-) -> None:
-    """Of each kind's prompts at most 35 % (counts are 2 to 5), of all at most 6 %: answers to these prompts."""
+def test_no_constant_answer_is_fully_right_on_more_than_a_small_share_of_held_out_prompts(world: World) -> None:
+    """Of each kind's prompts at most 30 % (counts are 2 to 5), of all at most 5 %: right answers to some of them."""
     rng = random.Random(23)
     prompts: dict[str, list[str]] = {}
-    for record in files["heldout_prompts"]:
-        prompts.setdefault(record["source"], []).append(record["prompt"])
+    for task in (draw(rng, held_out=True) for _ in range(4000)):
+        prompts.setdefault(task.kind.name, []).append(task.prompt)
 
     def share(response: str, asked: list[str]) -> float:
         return sum(all(world.flags(prompt, response, True).values()) for prompt in asked) / len(asked)
 
     best = []
     for kind, asked in prompts.items():
-        shares = {response: share(response, asked) for response in {respond(rng, read(p)) for p in asked}}
+        shares = {response: share(response, asked) for response in {respond(rng, read(p)) for p in asked[:50]}}
         ordered = sorted(shares, key=lambda response: shares[response])
-        assert shares[ordered[-1]] <= 0.35, (kind, ordered[-1])
+        assert shares[ordered[-1]] <= 0.30, (kind, ordered[-1])
         best += ordered[-3:]
     everything = [prompt for asked in prompts.values() for prompt in asked]
-    assert max(share(response, everything) for response in best) <= 0.06
+    assert max(share(response, everything) for response in best) <= 0.05
 
 
 def test_contractors_differ_in_care_and_habits(world: World) -> None:
@@ -134,7 +132,7 @@ def test_a_prompt_of_another_language_cannot_be_judged(world: World) -> None:
 # ---- the judge, by hand. R right, M in the manner asked for, E ends by itself with a full stop, C concise, V civil
 
 FLAGS = {"R": "right", "M": "manner", "E": "ends", "C": "concise", "V": "civil"}
-WEIGHTS = {"right": 0.55, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.1}
+WEIGHTS = {"right": 0.5, "manner": 0.15, "ends": 0.1, "concise": 0.1, "civil": 0.15}
 JUDGED = [
     # a list: the number asked for, each a member, each once, in any order
     ("name 2 animals.", "a cat and a dog.", "RMECV"),
