@@ -1,6 +1,6 @@
 """Over-optimisation: PPO without a KL penalty for many steps, the proxy reward beside the gold score.
 
-    python benchmarks/overoptimisation.py configs/demo.yaml --steps 120 --coefs 0,0.04 --seeds 0 [section.key=value ...]
+    python benchmarks/overoptimisation.py configs/demo.yaml --steps 120 --coefs 0,0.08 --seeds 0 [section.key=value ...]
 
 One run, an arm per coefficient, from the same SFT and reward models (made first if they are not there yet). Draws both
 against the KL to SFT, as Gao et al. 2023 (arXiv 2210.10760, figure 1) do, into <run>/overoptimisation-<seed>.svg;
@@ -33,7 +33,7 @@ def main(
     config: Path,
     overrides: Annotated[list[str] | None, typer.Argument()] = None,
     steps: int = 120,
-    coefs: str = "0,0.04",
+    coefs: str = "0,0.08",
     seeds: str = "0",
 ) -> None:
     """`coefs` (of the KL penalty) and `seeds` are separated by commas."""

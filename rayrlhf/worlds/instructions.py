@@ -153,11 +153,11 @@ class Instructions(World):
     """Eight kinds of instruction in six manners."""
 
     sizes = Sizes(
-        text=26_000,
+        text=33_000,
         demonstrations=3000,
         rankings=2000,
         heldout_rankings=300,
-        ranking_prompts=2500,
+        ranking_prompts=3000,
         prompts=5000,
         heldout_prompts=600,
         multiple_choice=400,

@@ -25,11 +25,11 @@ class Labeler:
 
 
 PANEL = (
-    Labeler("labeler_1", 0.13),
-    Labeler("labeler_2", 0.13, {"civil": 2.0, "concise": 0.5}),
-    Labeler("labeler_3", 0.13, {"concise": 2.0}),
-    Labeler("labeler_4", 0.14, {"manner": 2.0}),
-    Labeler("labeler_5", 0.18, {"manner": 0.5, "civil": 0.5}),
+    Labeler("labeler_1", 0.15),
+    Labeler("labeler_2", 0.15, {"civil": 2.0, "concise": 0.5}),
+    Labeler("labeler_3", 0.15, {"concise": 2.0}),
+    Labeler("labeler_4", 0.16, {"manner": 2.0}),
+    Labeler("labeler_5", 0.20, {"manner": 0.5, "civil": 0.5}),
 )
 """The people who rank in the built-in world; each ranks its share of the prompts."""
 
