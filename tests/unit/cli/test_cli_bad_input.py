@@ -640,7 +640,7 @@ def test_a_run_that_collects_reads_its_rankings_later(run_world: Run, world: Pat
     )
     done = run_world(*given, "--dry-run")
     assert (done.code, done.err) == (0, "")
-    assert re.search(r"^collect +kept 50, .*heldout kept 12$", done.out, flags=re.M)
+    assert re.search(r"^collect +kept 60, .*heldout kept 12$", done.out, flags=re.M)
     assert "\nreward " not in done.out.partition("would run")[2]
 
 
