@@ -91,7 +91,7 @@ def draw(curves: dict[str, list[tuple[float, float, float]]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         'font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">square root of KL, nats per response</text>',
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 14}" text-anchor="middle">KL to SFT, nats a response (root scale)</text>',
         f'<text x="{MARGIN}" y="24">proxy reward (dashed)</text>',
         f'<text x="{WIDTH - MARGIN}" y="24" text-anchor="end">gold score (solid)</text>',
     ]
@@ -101,9 +101,11 @@ def draw(curves: dict[str, list[tuple[float, float, float]]]) -> str:
             line = " ".join(f"{x(max(r[0], 0.0) ** 0.5):.1f},{scale(r[column]):.1f}" for r in rows)
             stroke = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
             parts.append(f'<polyline points="{line}" fill="none" {stroke}/>')
-        parts.append(f'<text x="{MARGIN}" y="{40 + 15 * number}" fill="{colour}">{name}</text>')
+        parts.append(f'<text x="{WIDTH / 2}" y="{24 + 15 * number}" text-anchor="middle" fill="{colour}">{name}</text>')
     for value, scale, place, anchor in _ticks(points, proxy, gold):
         parts.append(f'<text x="{place}" y="{scale(value) + 4:.1f}" text-anchor="{anchor}">{value:.2f}</text>')
+    for kl in (end(max(p[0], 0.0) for p in points) for end in (min, max)):
+        parts.append(f'<text x="{x(kl**0.5):.1f}" y="{HEIGHT - 34}" text-anchor="middle">{kl:.1f}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
