@@ -102,6 +102,8 @@ class Config(Section):
             "eval": "heldout_prompts",
         }
         for stage in self.stages():
+            if stage == "eval" and self.data.multiple_choice:
+                continue  # questions alone are an evaluation too: nothing is sampled for them
             if not getattr(self.data, needs[stage]):
                 raise ValueError(f"run.stages has {stage} but data.{needs[stage]} is empty")
         if "sft" in self.stages() and self.sft.pretrain_mix.coef and not self.data.text:

@@ -145,6 +145,9 @@ class Datasets:
 
     @cached_property
     def heldout_prompts(self) -> Prompts:
+        """None where only questions and text are evaluated."""
+        if not self._config.data.heldout_prompts:
+            return Prompts([], {"kept": 0, "dropped": 0, "truncated": 0}, {})
         return self._prompts(self._config.data.heldout_prompts)
 
     @cached_property

@@ -166,6 +166,11 @@ def test_eval_runs_only_where_it_is_named_and_needs_held_out_prompts(base: Path)
     assert load(base, *given, "data.heldout_prompts=[h.jsonl]").stages() == ("eval",)
 
 
+def test_questions_alone_are_enough_to_evaluate(base: Path) -> None:
+    given = ("world.name=null", "run.stages=[eval]", "data.multiple_choice=[arc.jsonl]")
+    assert load(base, *given).stages() == ("eval",)
+
+
 @pytest.mark.parametrize("stage", ["collect", "eval"])
 def test_the_length_of_rollouts_matters_to_every_stage_that_samples(base: Path, stage: str) -> None:
     message = refusal(base, "collect={}", f"run.stages=[{stage}]", "rollout.max_tokens=33")
