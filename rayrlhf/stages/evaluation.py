@@ -48,7 +48,7 @@ def evaluate_models(
     """As `run_eval`, of any models by the name of their arm.
 
     The first is what the others are compared with, and what KL is measured from. Without a `reward` model there are no
-    rewards, and no best-of-n; without held-out prompts nothing is sampled.
+    rewards but those of `eval.reward_model`, and no best-of-n; without held-out prompts nothing is sampled.
     """
     context.ensure_ray()
     return asyncio.run(_Evaluation(context, models, reward, workspace).run())
@@ -100,9 +100,12 @@ class _Evaluation:
             self.prompts = found.tokens[: self.config.eval.prompts]
             self.records = {p.prompt_id: found.records[p.prompt_id] for p in self.prompts}
         named = {"policy": models[self.base]}
+        judge = self.config.eval.reward_model
+        loaded = reward or (absolute(judge) if judge else None)
         if self.prompts:
-            named |= {"reference": models[self.base]} | ({"reward": reward} if reward else {})
-        self.scorers = tuple(named)
+            named |= {"reference": models[self.base]} | ({"reward": loaded} if loaded else {})
+        # One that only judges at the end scores nothing before.
+        self.scorers = tuple(role for role in named if role != "reward" or reward)
         self.roles = RoleSet(context, (*named, *(("rollout",) if self.prompts else ())), named, self.prompts)
 
     async def run(self) -> dict[str, Any]:
@@ -117,7 +120,7 @@ class _Evaluation:
                         await self.roles.reload("policy", self.config, model)
                     await self._evaluate(name, version, arms)
                     progress.step(version + 1, len(self.models), {})
-                if self.config.eval.reward_model is not None and "reward" in self.scorers:
+                if self.config.eval.reward_model is not None and self.prompts:
                     progress.phase("judging")
                     await self._judge_again(arms, self.config.eval.reward_model)
                 memory = await self.roles.memory()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
 
 from rayrlhf.config import Config
 from rayrlhf.data.tokenizer import train_tokenizer
-from rayrlhf.stages.evaluation import arm_models
+from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.datasets import Prompts
+from rayrlhf.stages.evaluation import _Evaluation, arm_models
 from rayrlhf.stages.run import _evaluation
 from rayrlhf.stages.sampling import Answer, answers
 from rayrlhf.stages.summary import show_summary
-from rayrlhf.types import Rollout, RolloutInfo
+from rayrlhf.types import Prompt, PromptTokens, Rollout, RolloutInfo
 
 
 def config(**ppo: Any) -> Config:
@@ -61,6 +64,23 @@ def test_a_response_is_read_without_its_prompt_and_special_tokens_and_knows_whet
         1: Answer(41, "a red apple.", False),
         2: Answer(42, "", True),
     }
+
+
+def test_a_held_out_reward_model_judges_models_that_come_without_one_of_their_own() -> None:
+    prompts = Prompts([PromptTokens(0, np.array([1]))], {}, {0: Prompt((("user", "p"),))})
+
+    def roles(reward: str | None, **evaluation: Any) -> tuple[tuple[str, ...], dict[str, str]]:
+        tree = {"model": {"path": "org/name"}, "data": {"heldout_prompts": ["h.jsonl"]}, "run": {"stages": ["eval"]}}
+        settings = Config.model_validate(tree | {"eval": evaluation})
+        context = SimpleNamespace(config=settings, data=SimpleNamespace(heldout_prompts=prompts))
+        made = _Evaluation(cast(StageContext, context), {"a": "/a", "b": "/b"}, reward, Path())
+        return made.scorers, dict(made.roles._models)
+
+    assert roles(None) == (("policy", "reference"), {"policy": "/a", "reference": "/a"})
+    judged = {"policy": "/a", "reference": "/a", "reward": "org/judge"}
+    assert roles(None, reward_model="org/judge") == (("policy", "reference"), judged)
+    own = ("policy", "reference", "reward"), judged | {"reward": "/r"}
+    assert roles("/r", reward_model="org/judge") == roles("/r") == own
 
 
 def cell(value: float, half: float) -> dict[str, Any]:
