@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +36,23 @@ def evaluate(subjects: Sequence[str], overrides: Sequence[str], output: Path | N
         ConfigError: nothing to evaluate, or the run has no SFT model to compare with.
     """
     run = Path(subjects[0]) if subjects and (Path(subjects[0]) / "config.yaml").is_file() else None
-    named = {_arm_name(path): absolute(path) for path in subjects[1 if run else 0 :]}
+    others = [absolute(path) for path in subjects[1 if run else 0 :]]
     if run is not None:
         config = load_config(run / "config.yaml", [*overrides, "run.stages=[eval]"])
         models, reward = _of_run(run)
-    elif named:
-        model = next(iter(named.values()))
-        config = config_from({"model": {"path": model}}, [*overrides, "run.stages=[eval]"])
+    elif others:
+        config = config_from({"model": {"path": others[0]}}, [*overrides, "run.stages=[eval]"])
         models, reward = {}, config.reward.path
     else:
         raise ConfigError("eval: nothing to evaluate", "name a run's folder, a model folder or a Hugging Face model")
-    models |= named
+    models |= _named(others, models)
     folder = (output or (run / "eval" if run else config.run.output / "eval")).resolve()
     return _evaluate(with_world(config), models, reward, folder, console)
 
 
 def _of_run(run: Path) -> tuple[dict[str, str], str | None]:
     """(the policies by arm, SFT first; the reward model), as the run's summary names them."""
-    stages = json.loads((run / "summary.json").read_text(encoding="utf-8"))["stages"]
+    stages = _stages(run / "summary.json")
     config = load_config(run / "config.yaml")
     sft = config.sft.path or stages.get("sft", {}).get("model")
     if sft is None:
@@ -66,14 +65,34 @@ def _of_run(run: Path) -> tuple[dict[str, str], str | None]:
     return arm_models(config, parents), absolute(reward) if reward else None
 
 
-def _arm_name(path: str) -> str:
-    """The last two parts of a path, for a table: `mine/model`."""
-    return "/".join(Path(path).parts[-2:])
+def _stages(summary: Path) -> dict[str, Any]:
+    """Each stage's result; a run that is still going, or was killed, has written none."""
+    try:
+        stages = json.loads(summary.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        hint = "wait for its end, or run it again: finished stages are not run twice"
+        raise ConfigError(f"{summary}: the run has left no summary, it is still going or was killed", hint) from None
+    except (ValueError, KeyError, TypeError):
+        stages = None
+    if not isinstance(stages, dict):
+        raise ConfigError(f"{summary}: not the summary of a run", "run it again: finished stages are not run twice")
+    return stages
+
+
+def _named(paths: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """Each model by the last two parts of its path, `mine/model`; by the whole path where that names another too."""
+    short = ["/".join(Path(path).parts[-2:]) for path in paths]
+    clashes = {name for name in short if name in taken or short.count(name) > 1}
+    return {path if name in clashes else name: path for path, name in zip(paths, short, strict=True)}
 
 
 def _evaluate(config: Config, models: dict[str, str], reward: str | None, folder: Path, console: Console) -> Path:
     preflight.check_files(config)
+    preflight.check_models(config)
     data = Datasets(config, next(iter(models.values())))
+    preflight.check_compared(config, data, models, reward)
+    preflight.check_evaluation(config, data)
+    preflight.check_world(config, data, ["eval"])
     folder.mkdir(parents=True, exist_ok=True)
     context = StageContext(config, data, folder, RunSink(folder, None), console)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 __all__ = [
+    "check_compared",
     "check_data",
     "check_evaluation",
     "check_files",
@@ -37,6 +38,9 @@ __all__ = [
     "check_verify_step",
     "check_world",
 ]
+
+# What the engines are built for: the first policy that is evaluated, and the weights of the others are put in its place.
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # The prompts that a stage samples for, by their keys in `data`; the first one's counts are shown.
 SAMPLED: dict[StageName, tuple[str, ...]] = {
@@ -223,6 +227,28 @@ def check_evaluation(config: Config, data: Datasets) -> None:
         _check_vocabulary(config, "eval.reward_model", absolute(config.eval.reward_model), data.tokenizer)
 
 
+def check_compared(config: Config, data: Datasets, models: Mapping[str, str], reward: str | None) -> None:
+    """The models of `rayrlhf eval` are there and read the same tokens; those that are sampled from, of one shape.
+
+    Args:
+        models: folder or Hugging Face name of each policy by the name of its arm.
+    """
+    shapes = {name: _check_shape(config, f"eval: {name}", path) for name, path in models.items()}
+    (base, first), *others = shapes.items()
+    for name, shape in others:
+        _check_vocabulary(config, f"eval: {name}", models[name], data.tokenizer)
+        for key in SHAPE if config.data.heldout_prompts else ():
+            ours, theirs = getattr(first, key, None), getattr(shape, key, None)
+            if ours != theirs:
+                raise ModelError(
+                    f"eval: {name} {models[name]}: {key} is {theirs}, and {ours} in {base}: the engines hold one shape",
+                    "evaluate it in a command of its own",
+                )
+    if reward is not None:
+        _check_judge(config, "eval: reward model", reward, "rollout.max_tokens", config.rollout.max_tokens)
+        _check_vocabulary(config, "eval: reward model", reward, data.tokenizer)
+
+
 def check_world(config: Config, data: Datasets, todo: Sequence[StageName]) -> None:
     """The world's judge, if there is one, knows every prompt that will be sampled for."""
     if config.world.name is None:
@@ -314,5 +340,5 @@ def _check_vocabulary(config: Config, key: str, path: str, policy: PreTrainedTok
         raise ModelError(
             f"{key} {path}: its vocabulary ({len(theirs)} tokens) does not fit the policy's ({len(ours)}): "
             f"{differing} tokens have another id or none",
-            "a reward model scores token ids: take one trained with the policy's tokenizer",
+            "models pass token ids to each other: take one trained with the policy's tokenizer",
         )

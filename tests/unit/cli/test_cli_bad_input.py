@@ -95,6 +95,10 @@ def models(original: Path) -> Path:
     )
     LlamaForCausalLM(llama).save_pretrained(folder / "policy")
     ours.save_pretrained(folder / "policy")
+    wide = LlamaConfig(**llama.to_dict() | {"hidden_size": 64, "head_dim": 64})
+    for name, shape, tokenizer in (("wide", wide, ours), ("reworded", llama, theirs)):
+        shape.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     reward("reward", ours)
     reward("foreign", theirs)
     reward("small_embedding", ours, vocab_size=100)
@@ -617,6 +621,47 @@ def test_prompts_that_the_worlds_judge_does_not_know_are_refused(run_world: Run,
     done = run_world(*given)
     assert_refused(done, "DataError: data.heldout_prompts: not an instruction of this world: 'write a poem'")
     assert "leave data.heldout_prompts empty for the prompts of world instructions" in done.err
+
+
+@pytest.mark.parametrize(
+    ("summary", "message"),
+    [
+        (None, "summary.json: the run has left no summary, it is still going or was killed"),
+        ("{", "summary.json: not the summary of a run"),
+        ("[]", "summary.json: not the summary of a run"),
+        ('{"stages": null}', "summary.json: not the summary of a run"),
+        ('{"stages": {}}', "the run has no SFT model to compare with"),
+    ],
+)
+def test_a_run_that_cannot_be_evaluated_says_why(
+    rayrlhf_command: Run, tmp_path: Path, summary: str | None, message: str
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG.replace("  prompts:", "  heldout_prompts: [p.jsonl]\n  prompts:"))
+    if summary is not None:
+        (run / "summary.json").write_text(summary)
+    assert_refused(rayrlhf_command("eval", run), message)
+
+
+@pytest.mark.parametrize(
+    ("others", "settings", "message"),
+    [
+        (["nowhere"], [], "eval: models/nowhere"),
+        (["reworded"], [], "its vocabulary (270 tokens) does not fit the policy's (320)"),
+        (["wide"], [], "hidden_size is 64, and 32 in models/policy: the engines hold one shape"),
+        ([], ["eval.reward_model={}/nowhere"], "eval.reward_model: "),
+        ([], ["eval.reward_model={}/foreign"], "its vocabulary (270 tokens) does not fit the policy's (320)"),
+        ([], ["reward.path={}/policy"], "a LlamaForCausalLM with 2 labels has no reward head"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused_before_anything_is_sampled(
+    rayrlhf_command: Run, world: Path, models: Path, others: list[str], settings: list[str], message: str
+) -> None:
+    data = (f"data.heldout_prompts=[{world / 'heldout_prompts.jsonl'}]", "data.max_prompt_tokens=96")
+    limits = ("rollout.max_tokens=16", "sft.max_response_tokens=16")
+    given = [*(models / name for name in ("policy", *others)), *data, *limits, *(s.format(models) for s in settings)]
+    assert_refused(rayrlhf_command("eval", *given, "--output", world / "eval"), message)
 
 
 def test_an_arm_whose_estimator_cannot_work_is_refused(run_world: Run) -> None:

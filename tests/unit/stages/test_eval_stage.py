@@ -14,6 +14,7 @@ from rayrlhf.config import Config
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Prompts
+from rayrlhf.stages.eval_command import _named
 from rayrlhf.stages.evaluation import _Evaluation, arm_models
 from rayrlhf.stages.run import _evaluation
 from rayrlhf.stages.sampling import Answer, answers
@@ -64,6 +65,13 @@ def test_a_response_is_read_without_its_prompt_and_special_tokens_and_knows_whet
         1: Answer(41, "a red apple.", False),
         2: Answer(42, "", True),
     }
+
+
+def test_models_are_told_apart_in_the_table() -> None:
+    assert _named(["/a/x/model", "/b/y/model"], ["sft"]) == {"x/model": "/a/x/model", "y/model": "/b/y/model"}
+    same = ["/a/x/model", "/b/x/model"]
+    assert _named(same, []) == {path: path for path in same}
+    assert _named(["/ppo"], ["sft", "//ppo"]) == {"/ppo": "/ppo"}
 
 
 def test_a_held_out_reward_model_judges_models_that_come_without_one_of_their_own() -> None:
