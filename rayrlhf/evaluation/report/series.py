@@ -19,9 +19,12 @@ SUPERVISED = ("pretrain", "sft", "reward", "dpo")
 
 def finite(value: Any) -> float | None:
     """A number that can be drawn, or None. JSON's own readers let NaN and Infinity through."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:

@@ -80,9 +80,16 @@ def _run(run: RunFolder, name: str) -> Json:
         "answers": table,
         "samples": samples,
         **_signs(run, evaluation, trained),
-        "notes": [*run.notes, *(table["notes"] if table else [])],
+        "notes": [*_failure(run), *run.notes, *(table["notes"] if table else [])],
         "missing": _missing(run, evaluation, trained, table, samples),
     }
+
+
+def _failure(run: RunFolder) -> list[str]:
+    """What ended the run, where it did not end by itself."""
+    if run.summary.get("status") != "failed":
+        return []
+    return [f"The run failed: {run.summary.get('error') or 'no error was recorded'}"]
 
 
 def _stage(name: str, result: Any) -> Json:

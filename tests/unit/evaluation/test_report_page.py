@@ -56,6 +56,18 @@ def test_the_page_of_512_prompts_and_five_arms_is_small(tmp_path: Path) -> None:
     assert write_report([run]).stat().st_size < 1_500_000
 
 
+def test_a_run_that_failed_says_so_and_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "demo", prompts=2, steps=3)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    failed = summary | {"status": "failed", "error": "TrainingError: loss is nan", "seed": 10**400}
+    (run / "summary.json").write_text(json.dumps(failed), encoding="utf-8")
+    page = write_report([run]).read_text(encoding="utf-8")
+    [found] = data_of(page)["runs"]
+    assert found["notes"] == ["The run failed: TrainingError: loss is nan"]
+    assert (found["status"], found["seed"]) == ("failed", None)
+    assert 'failed: "failed"' in page
+
+
 def test_what_a_model_wrote_stays_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "demo", prompts=2, steps=3)
     answer = {"text": EVIL, "tokens": ["</script>", EVIL], "kl": [0.1, 0.2], "flags": {EVIL: True}, "reward": 1}

@@ -34,7 +34,7 @@ function masthead() {
 function runFacts(run) {
   const spent = run.stages.reduce((sum, stage) => sum + (stage.cached ? 0 : stage.seconds || 0), 0);
   return [
-    run.status === "done" ? "finished" : run.status === "stopped" ? "stopped" : "no summary",
+    { done: "finished", stopped: "stopped", failed: "failed" }[run.status] || "no summary",
     run.seed !== null && `seed ${run.seed}`,
     run.stages.length && count(run.stages.length, "stage"),
     spent > 0 && seconds(spent),
