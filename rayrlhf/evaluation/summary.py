@@ -17,6 +17,8 @@ from rayrlhf.types import ChoiceQuestion
 __all__ = ["choice", "summarise"]
 
 Row = Mapping[str, Any]
+# Whose wins are accounted for length: the first of these that there is.
+JUDGES = ("gold", "heldout_reward", "reward")
 
 
 def summarise(
@@ -110,8 +112,11 @@ def _against(
             found[f"{name}_win_rate"] = win_rate(scores, others, resamples, seed)
     if "gold" in column[0]:
         scores, others = [a["gold"] for a in column], [b["gold"] for b in other]
-        lengths, other_lengths = [len(a["tokens"]) for a in column], [len(b["tokens"]) for b in other]
         found["gold_win_rate"] = win_rate(scores, others, resamples, seed)
+    judge = next((name for name in JUDGES if name in column[0]), None)
+    if judge is not None:
+        scores, others = [a[judge] for a in column], [b[judge] for b in other]
+        lengths, other_lengths = [len(a["tokens"]) for a in column], [len(b["tokens"]) for b in other]
         found["length_controlled_win_rate"] = length_controlled_win_rate(
             scores, others, lengths, other_lengths, resamples, seed
         )

@@ -39,7 +39,7 @@ __all__ = [
     "check_world",
 ]
 
-# What the engines are built for: the first policy that is evaluated, and the weights of the others are put in its place.
+# What the engines are built for: the first policy that is evaluated; the weights of the others go in its place.
 SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 # The prompts that a stage samples for, by their keys in `data`; the first one's counts are shown.

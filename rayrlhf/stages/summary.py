@@ -74,6 +74,7 @@ _ARM_ROWS = {
     "gold_win_rate": "gold win rate",
     "length_controlled_win_rate": "at equal length",
     "heldout_reward_win_rate": "held-out reward wins",
+    "reward_win_rate": "reward wins",
     "gold_mean": "gold",
     "reward_mean": "reward",
     "kl_per_response": "KL, nats a response",

@@ -13,9 +13,10 @@ __all__ = ["MEASURES", "Estimate", "arm_names", "arm_numbers", "headline", "labe
 Estimate = dict[str, float | None]
 """value, and lo and hi where there is a 95 % interval."""
 
-# Columns of the headline table. The first three compare with SFT.
+# Columns of the headline table. The first four compare with SFT.
 MEASURES = (
-    *("gold_win_rate", "reward_win_rate", "length_controlled_win_rate", "gold_mean", "reward_mean"),
+    *("gold_win_rate", "heldout_reward_win_rate", "reward_win_rate", "length_controlled_win_rate"),
+    *("gold_mean", "reward_mean"),
     *("kl_per_response", "length_mean", "pretrain_loss", "cloze_accuracy", "distinct_2"),
 )
 NARROW = "\u202f"  # a space that does not break: a number stays with its unit
@@ -81,7 +82,12 @@ def headline(
 
 def reading(rows: list[dict[str, Any]], trained: Mapping[str, Columns], prompts: float | None) -> str:
     """The table in a sentence, made of its numbers alone."""
-    for measure, judge in (("gold_win_rate", "the gold judge"), ("reward_win_rate", "the reward model's own score")):
+    judges = {
+        "gold_win_rate": "the gold judge",
+        "heldout_reward_win_rate": "a reward model that was not trained against",
+        "reward_win_rate": "the reward model's own score",
+    }
+    for measure, judge in judges.items():
         won = [row for row in rows if measure in row["cells"] and row["arm"] != "sft"]
         if won:
             return _read_win_rates(won, rows, measure, judge, prompts)

@@ -199,7 +199,8 @@ def worse_gold_than_sft(arm: Arm) -> Finding | None:
 
 def wins_by_length(arm: Arm) -> Finding | None:
     """Five points of the win rate or more go away at equal length."""
-    rate = arm.evaluated.get("gold_win_rate", arm.evaluated.get("reward_win_rate"))
+    judges = ("gold_win_rate", "heldout_reward_win_rate", "reward_win_rate")
+    rate = next((arm.evaluated[name] for name in judges if name in arm.evaluated), None)
     equal = arm.evaluated.get("length_controlled_win_rate")
     if rate is None or equal is None or rate - equal < 0.05:
         return None

@@ -154,3 +154,26 @@ def test_a_choice_is_right_as_a_whole_or_per_character() -> None:
     # -4 / 4 characters against -10 / 17: the long one is the less likely whole, and the likelier per character
     found = choice(question, [-4.0, -10.0])
     assert found == {"source": "made", "right": False, "right_by_character": True, "chance": 0.5}
+
+
+@pytest.mark.parametrize("judge", ["gold", "heldout_reward", "reward"])
+def test_wins_at_equal_length_are_of_the_best_judge_there_is(judge: str) -> None:
+    order = ("gold", "heldout_reward", "reward")
+    kept = order[order.index(judge) :]
+    score = {"gold": (0.0, 1.0), "heldout_reward": (1.0, 0.0), "reward": (0.5, 0.5)}
+    table = [
+        {
+            "prompt_id": i,
+            "prompt": "p",
+            "kind": "",
+            "answers": {
+                arm: {"text": "a b", "tokens": ["a", "b"], "truncated": False, "flags": {}}
+                | {name: score[name][n] for name in kept}
+                for n, arm in enumerate(("sft", "ppo"))
+            },
+        }
+        for i in range(20)
+    ]
+    [found] = summarise(table, {}, "sft", resamples=100, seed=0)["length_controlled_win_rate"].values()
+    low, high = {"gold": (0.9, 1.0), "heldout_reward": (0.0, 0.1), "reward": (0.499, 0.501)}[judge]
+    assert low <= found["value"] <= high

@@ -2,6 +2,7 @@
 
 const MEASURES = {
   gold_win_rate: { name: "Gold win rate", unit: "% vs SFT", share: true, bar: true },
+  heldout_reward_win_rate: { name: "Held-out reward", unit: "% vs SFT", share: true },
   reward_win_rate: { name: "Reward win rate", unit: "% vs SFT", share: true },
   length_controlled_win_rate: { name: "At equal length", unit: "% vs SFT", share: true },
   gold_mean: { name: "Gold", unit: "mean" },
