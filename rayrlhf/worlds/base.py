@@ -115,10 +115,18 @@ def create_world(name: str, module: str | None = None) -> World:
         raise ConfigError(f"world.name: no world {name!r}", f"known are {', '.join(sorted(_WORLDS))}{where}")
     world = _WORLDS[name]
     try:
-        return world()
+        made = world()
     except Exception as error:  # somebody's own class: anything may go wrong in it
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"world.name: {name!r} ({world.__qualname__}) cannot be made: {reason}", "mend it") from error
+    for attribute in ("sizes", "weights"):
+        if not hasattr(made, attribute):
+            raise ConfigError(f"world.name: {name!r} ({world.__qualname__}) has no `{attribute}`", "see docs/worlds.md")
+    if not made.weights or min(made.weights.values()) < 0 or abs(sum(made.weights.values()) - 1) > 1e-6:
+        found = ", ".join(f"{flag} {weight:g}" for flag, weight in made.weights.items())
+        message = f"world.name: the weights of {name!r} ({found}) are not shares of 1, so gold is no score from 0 to 1"
+        raise ConfigError(message, "divide each by their sum")
+    return made
 
 
 def _import(module: str) -> None:

@@ -66,9 +66,10 @@ def test_a_world_in_a_module_that_can_be_imported_registers_too(
 
 
 def test_two_worlds_of_a_name_are_told_apart_by_their_module(tmp_path: Path) -> None:
-    for folder, worth in (("a", "0.75"), ("b", "0.5")):
+    for folder, worth, rest in (("a", "0.75", "0.25"), ("b", "0.5", "0.5")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "own.py").write_text(OWN.replace("0.75", worth).replace("0.25", worth), encoding="utf-8")
+        own = OWN.replace('"ends": 0.25', f'"ends": {rest}').replace("0.75", worth)
+        (tmp_path / folder / "own.py").write_text(own, encoding="utf-8")
     assert create_world("numbers", str(tmp_path / "a" / "own.py")).weights["right"] == 0.75
     assert create_world("numbers", str(tmp_path / "b" / "own.py")).weights["right"] == 0.5
 
@@ -122,3 +123,19 @@ def test_a_world_whose_methods_are_missing_says_which(tmp_path: Path) -> None:
 def test_a_module_name_that_nothing_has_says_so() -> None:
     with pytest.raises(ConfigError, match=r"world\.module: no\.such\.module cannot be imported"):
         create_world("instructions", "no.such.module")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ('weights = {"right": 75, "ends": 25}', r"the weights of 'numbers' \(right 75, ends 25\) are not shares of 1"),
+        ('weights = {"right": 1.5, "ends": -0.5}', "are not shares of 1"),
+        ("weights = {}", "are not shares of 1"),
+        ("", "'numbers' \\(Numbers\\) has no `weights`"),
+    ],
+)
+def test_a_world_whose_gold_would_be_no_share_is_refused(tmp_path: Path, weights: str, message: str) -> None:
+    module = tmp_path / "own.py"
+    module.write_text(OWN.replace('weights = {"right": 0.75, "ends": 0.25}', weights), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        create_world("numbers", str(module))
