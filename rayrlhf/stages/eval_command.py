@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ def evaluate(subjects: Sequence[str], overrides: Sequence[str], output: Path | N
     """Evaluate what a run left, other models beside it, or models alone. Returns the folder of the results.
 
     Args:
-        subjects: a run's folder first or none, then model folders or Hugging Face names; the first policy is what the
-            others are compared with: the run's SFT model, or the first model.
+        subjects: folders of runs, model folders or Hugging Face names; the first policy is what the others are compared
+            with: the first run's SFT model, or the first model. A run that comes first gives the config too.
         overrides: `section.key=value`, over the run's config.
         output: where evaluation.json, answers.jsonl and logs go; `<run>/eval` or `runs/eval` when None.
 
@@ -36,33 +36,46 @@ def evaluate(subjects: Sequence[str], overrides: Sequence[str], output: Path | N
         ConfigError: nothing to evaluate, or the run has no SFT model to compare with.
     """
     run = Path(subjects[0]) if subjects and (Path(subjects[0]) / "config.yaml").is_file() else None
-    others = [absolute(path) for path in subjects[1 if run else 0 :]]
+    others = subjects[1 if run else 0 :]
     if run is not None:
         config = load_config(run / "config.yaml", [*overrides, "run.stages=[eval]"])
         models, reward = _of_run(run)
+        if "sft" not in models:
+            hint = "add sft to its run.stages, or set sft.path"
+            raise ConfigError(f"{run}: the run has no SFT model to compare with", hint)
     elif others:
-        config = config_from({"model": {"path": others[0]}}, [*overrides, "run.stages=[eval]"])
+        config = config_from({"model": {"path": absolute(others[0])}}, [*overrides, "run.stages=[eval]"])
         models, reward = {}, config.reward.path
     else:
         raise ConfigError("eval: nothing to evaluate", "name a run's folder, a model folder or a Hugging Face model")
-    models |= _named(others, models)
+    runs = [path for path in others if (Path(path) / "config.yaml").is_file()]
+    models |= _of_further(list(map(Path, runs)), models)
+    models |= _named([absolute(path) for path in others if path not in runs], models)
     folder = (output or (run / "eval" if run else config.run.output / "eval")).resolve()
     return _evaluate(with_world(config), models, reward, folder, console)
 
 
 def _of_run(run: Path) -> tuple[dict[str, str], str | None]:
-    """(the policies by arm, SFT first; the reward model), as the run's summary names them."""
+    """(the policies by arm, SFT first if there is one; the reward model), as the run's summary names them."""
     stages = _stages(run / "summary.json")
     config = load_config(run / "config.yaml")
     sft = config.sft.path or stages.get("sft", {}).get("model")
-    if sft is None:
-        raise ConfigError(
-            f"{run}: the run has no SFT model to compare with", "add sft to its run.stages, or set sft.path"
-        )
     left = {"dpo": run / "model_dpo", "ppo": run / "model"}
-    parents = {"sft": absolute(sft)} | {stage: str(path.resolve()) for stage, path in left.items() if path.is_dir()}
+    parents = {stage: str(path.resolve()) for stage, path in left.items() if path.is_dir()}
+    if sft is not None:
+        parents["sft"] = absolute(sft)
     reward = config.reward.path or stages.get("reward", {}).get("model")
     return arm_models(config, parents), absolute(reward) if reward else None
+
+
+def _of_further(runs: Sequence[Path], taken: Mapping[str, str]) -> dict[str, str]:
+    """The policies of further runs as `run/arm`, but none that is compared already, such as a shared SFT model."""
+    found: dict[str, str] = {}
+    for run in runs:
+        name = str(run) if [other.name for other in runs].count(run.name) > 1 else run.name
+        left, _ = _of_run(run)
+        found |= {f"{name}/{arm}": path for arm, path in left.items() if path not in {**taken, **found}.values()}
+    return found
 
 
 def _stages(summary: Path) -> dict[str, Any]:

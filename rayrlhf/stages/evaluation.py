@@ -59,7 +59,7 @@ def arm_models(config: Config, parents: Mapping[str, str]) -> dict[str, str]:
 
     `parents["ppo"]` is the last arm's; those of the others lie beside it, wherever that is.
     """
-    models = {BASE: parents["sft"]} | {name: parents[name] for name in ("dpo",) if name in parents}
+    models = {name: parents[name] for name in (BASE, "dpo") if name in parents}
     if "ppo" in parents:
         *others, last = config.arms()
         folder = Path(parents["ppo"])

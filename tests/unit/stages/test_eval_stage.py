@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from rayrlhf.config import Config
 from rayrlhf.data.tokenizer import train_tokenizer
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Prompts
-from rayrlhf.stages.eval_command import _named
+from rayrlhf.stages.eval_command import _named, _of_further
 from rayrlhf.stages.evaluation import _Evaluation, arm_models
 from rayrlhf.stages.run import _evaluation
 from rayrlhf.stages.sampling import Answer, answers
@@ -72,6 +73,28 @@ def test_models_are_told_apart_in_the_table() -> None:
     same = ["/a/x/model", "/b/x/model"]
     assert _named(same, []) == {path: path for path in same}
     assert _named(["/ppo"], ["sft", "//ppo"]) == {"/ppo": "/ppo"}
+
+
+def test_further_runs_add_their_policies_and_a_shared_sft_model_only_once(tmp_path: Path) -> None:
+    def run(name: str, sft: str) -> Path:
+        folder = tmp_path / name
+        (folder / "model").mkdir(parents=True)
+        config = {"run": {"stages": ["eval"]}, "model": {"path": "org/name"}, "data": {"heldout_prompts": ["h.jsonl"]}}
+        (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps({"stages": {"sft": {"model": sft}}}), encoding="utf-8")
+        return folder
+
+    second, third, namesake = run("second", "/sft"), run("third", "/other"), run("a/third", "/sft")
+    assert _of_further([second], {"sft": "/sft"}) == {"second/ppo": f"{second}/model"}
+    assert _of_further([third, namesake], {"sft": "/sft"}) == {
+        f"{third}/sft": "/other",
+        f"{third}/ppo": f"{third}/model",
+        f"{namesake}/ppo": f"{namesake}/model",
+    }
+    # A run of dpo alone has no SFT model of its own.
+    (second / "model").rename(second / "model_dpo")
+    (second / "summary.json").write_text('{"stages": {"dpo": {}}}', encoding="utf-8")
+    assert _of_further([second], {"sft": "/sft"}) == {"second/dpo": f"{second}/model_dpo"}
 
 
 def test_a_held_out_reward_model_judges_models_that_come_without_one_of_their_own() -> None:
