@@ -26,6 +26,7 @@ from rich.table import Table
 from rayrlhf.config import load_config
 
 WIDTH, HEIGHT, MARGIN = 640, 360, 56
+WINDOW = 5
 COLOURS = ("#c2410c", "#1d4ed8", "#047857", "#7c3aed")
 
 
@@ -37,11 +38,19 @@ def main(
     seeds: str = "0",
 ) -> None:
     """`coefs` (of the KL penalty) and `seeds` are separated by commas."""
+    if steps < 2 * WINDOW:
+        raise typer.BadParameter(f"--steps is {steps}: a point is the mean of {WINDOW} steps, and a curve needs two")
     console, rows = Console(), []
     asked = {f"kl_{coef.replace('.', '_')}": float(coef) for coef in coefs.split(",")}
     arms = ", ".join(f"{name}: {{kl.coef: {coef}, ptx.coef: 0}}" for name, coef in asked.items())
     for seed in map(int, seeds.split(",")):
-        shared = [*(overrides or ()), f"run.seed={seed}", f"run.name=overoptimisation-{seed}", f"ppo.steps={steps}"]
+        shared = [
+            *(overrides or ()),
+            f"run.seed={seed}",
+            f"world.seed={seed}",
+            f"run.name=overoptimisation-{seed}",
+            f"ppo.steps={steps}",
+        ]
         arguments = [str(config), *shared, f"ppo.arms={{{arms}}}", "run.stages=[pretrain,sft,collect,reward,ppo]"]
         subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
         settings = load_config(config, arguments[1:])
@@ -56,12 +65,12 @@ def main(
     print(json.dumps({"config": str(config), "overrides": overrides or [], "steps": steps, **machine, "rows": rows}))
 
 
-def curve(metrics: Path, arm: str, window: int = 5) -> list[tuple[float, float, float]]:
-    """(KL, proxy, gold) of the arm's steps, each the mean of a window of steps."""
+def curve(metrics: Path, arm: str) -> list[tuple[float, float, float]]:
+    """(KL, proxy, gold) of the arm's steps, each the mean of `WINDOW` steps."""
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = [r for r in records if r["stage"] == "ppo" and r.get("arm", arm) == arm]
     rows = [(r["kl/mean"], r["reward/mean"], r["reward/gold"]) for r in steps]
-    parts = [rows[i : i + window] for i in range(0, len(rows) - window + 1, window)]
+    parts = [rows[i : i + WINDOW] for i in range(0, len(rows) - WINDOW + 1, WINDOW)]
     return [(fmean(p[0] for p in part), fmean(p[1] for p in part), fmean(p[2] for p in part)) for part in parts]
 
 

@@ -38,7 +38,13 @@ def main(
     named = {f"ptx_{coef.replace('.', '_')}": float(coef) for coef in coefs.split(",")}
     arms = ", ".join(f"{name}: {{ptx.coef: {coef}}}" for name, coef in named.items())
     for seed in map(int, seeds.split(",")):
-        shared = [*(overrides or ()), f"run.seed={seed}", f"run.name=ptx-sweep-{seed}", f"ppo.arms={{{arms}}}"]
+        shared = [
+            *(overrides or ()),
+            f"run.seed={seed}",
+            f"world.seed={seed}",
+            f"run.name=ptx-sweep-{seed}",
+            f"ppo.arms={{{arms}}}",
+        ]
         arguments = [str(config), *shared, "run.stages=[pretrain,sft,collect,reward,ppo,eval]", "eval.best_of=1"]
         subprocess.run([sys.executable, "-m", "rayrlhf.cli", "run", *arguments], check=True, stdout=sys.stderr)
         settings = load_config(config, arguments[1:])
