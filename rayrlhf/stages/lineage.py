@@ -45,7 +45,7 @@ SECTIONS: dict[StageName, tuple[str, ...]] = {
     "reward": ("reward", "sft"),  # sft's limit cuts the demonstrations that normalise the rewards
     "dpo": ("dpo",),
     "collect": ("collect", "rollout", "world"),
-    "ppo": ("ppo", "rollout", "weights"),
+    "ppo": ("ppo", "rollout", "weights", "world"),  # a world judges the responses, for `reward/gold`
     "eval": ("eval", "rollout", "world"),
 }
 

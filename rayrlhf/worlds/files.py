@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -72,7 +73,10 @@ def write_world(world: World, folder: Path, seed: int, size: float = 1.0) -> dic
     paths = {name: folder / f"{name}.jsonl" for name in makers}
     for name, make in makers.items():
         lines = "".join(json.dumps(record) + "\n" for record in make(random.Random(f"{seed} {name}"), name))
-        paths[name].write_text(lines, encoding="utf-8", newline="\n")
+        # Two runs may write the same world at a time: neither may read the other's half.
+        part = paths[name].with_suffix(f".{os.getpid()}.part")
+        part.write_text(lines, encoding="utf-8", newline="\n")
+        part.replace(paths[name])
     return {name: path for name, path in paths.items() if path.stat().st_size}
 
 

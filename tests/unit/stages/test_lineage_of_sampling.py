@@ -128,6 +128,12 @@ def test_another_judge_or_another_labeler_in_the_worlds_file_makes_collect_and_e
     assert changed(before, keys(folder, *COLLECTED)) == {"collect", "reward", "dpo", "ppo", "eval"}
 
 
+def test_another_judge_makes_ppo_run_again_where_nothing_is_collected(folder: Path) -> None:
+    before = keys(folder, "run.stages=[ppo]")
+    append(folder / "own.py")
+    assert "ppo" in changed(before, keys(folder, "run.stages=[ppo]"))
+
+
 def test_other_weights_of_the_held_out_reward_model_make_eval_run_again(folder: Path) -> None:
     (folder / "judge").mkdir()
     (folder / "judge" / "model.safetensors").write_text("weights", encoding="utf-8")
