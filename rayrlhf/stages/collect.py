@@ -111,11 +111,11 @@ class _Rankings:
         rng = random.Random(f"{self._seed} {prompt}")
         labeler = rng.choice(PANEL)
         given = judge_ranking(rng, labeler, flags, self._world.weights)
-        self._count(labeler, given, scores)
+        self._count(labeler, given["ranks"], scores)
         record: Record = {"prompt": prompt, "responses": [answer.text for answer in answers]}
         if unfinished := [number for number, answer in enumerate(answers) if not answer.finished]:
             record["unfinished"] = unfinished
-        yield {**record, "ranks": given, "source": labeler.name}
+        yield {**record, **given, "source": labeler.name}
         if gold:
             yield {**record, "ranks": ranks([round(score, 6) for score in scores]), "source": "gold"}
 

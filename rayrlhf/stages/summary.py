@@ -109,6 +109,10 @@ def _arms_table(evaluation: Mapping[str, Any]) -> Table:
     for name, heading in rows.items():
         cells = [evaluation[name].get(f"{arm}_vs_{base}", evaluation[name].get(arm)) for arm in arms]
         table.add_row(heading, *(_with_interval(cell) for cell in cells))
+    flags: Mapping[str, Mapping[str, float]] = evaluation.get("flags", {})
+    for flag in dict.fromkeys(flag for held in flags.values() for flag in held):
+        cells = [flags.get(arm, {}).get(flag) for arm in arms]
+        table.add_row("all flags hold" if flag == "all" else f"flag: {flag}", *(_with_interval(cell) for cell in cells))
     return table
 
 

@@ -109,6 +109,6 @@ def _ranking(world: World, rng: random.Random, prompt: str) -> Record:
     return {
         "prompt": prompt,
         "responses": responses,
-        "ranks": judge_ranking(rng, labeler, flags, world.weights),
+        **judge_ranking(rng, labeler, flags, world.weights),
         "source": labeler.name,
     }

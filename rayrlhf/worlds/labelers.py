@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["PANEL", "Labeler", "judge_ranking", "likert", "ranks", "see"]
 
@@ -52,9 +53,14 @@ def likert(labeler: Labeler, seen: Mapping[str, bool], weights: Mapping[str, flo
 
 def judge_ranking(
     rng: random.Random, labeler: Labeler, flags: Sequence[Mapping[str, bool]], weights: Mapping[str, float]
-) -> list[int]:
-    """This labeler's ranks of the responses with these flags, ties included."""
-    return ranks([likert(labeler, see(rng, labeler, row, weights), weights) for row in flags])
+) -> dict[str, Any]:
+    """What this labeler says of the responses with these flags, as fields of a ranking's record.
+
+    `flags` as seen, response by response; `likert`, 1 to 7 each; `ranks`, by the latter, ties included.
+    """
+    seen = [see(rng, labeler, row, weights) for row in flags]
+    overall = [likert(labeler, row, weights) for row in seen]
+    return {"ranks": ranks(overall), "likert": overall, "flags": seen}
 
 
 def ranks(scores: Sequence[float]) -> list[int]:

@@ -60,7 +60,16 @@ def ranked(*responses: tuple[str, bool], gold: bool = False) -> tuple[list[dict[
 def test_a_prompts_responses_are_ranked_by_one_labeler() -> None:
     records, _ = ranked(("civil", True), ("right civil", True), ("no", True), ("right", True))
     assert records == [
-        {"prompt": "p", "responses": ["civil", "right civil", "no", "right"], "ranks": [3, 1, 4, 2], "source": "exact"}
+        {
+            "prompt": "p",
+            "responses": ["civil", "right civil", "no", "right"],
+            "ranks": [3, 1, 4, 2],
+            "likert": [3, 7, 1, 5],
+            "flags": [
+                {"right": r, "civil": c} for r, c in ((False, True), (True, True), (False, False), (True, False))
+            ],
+            "source": "exact",
+        }
     ]
 
 

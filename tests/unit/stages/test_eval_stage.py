@@ -127,7 +127,7 @@ def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
         "gold_win_rate": {"best_of_8_vs_sft": cell(0.6, 0.03), "ppo_vs_sft": cell(0.75, 0.025)},
         "kl_per_response": {"sft": cell(0, 0), "best_of_8": cell(1.204, 0) | {"bound": True}, "ppo": cell(3.5, 0.25)},
         "pretrain_loss": {"sft": 2.5, "ppo": 2.625},
-        "flags": {},
+        "flags": {"sft": {"right": 0.5, "all": 0.25}, "ppo": {"right": 0.75, "all": 0.625}},
     }
     written = StringIO()
     summary = {"name": "mine", "stages": {}, "evaluation": evaluation}
@@ -142,6 +142,8 @@ def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
     assert ["reward", "0.000 ±0.100", "1.000 ±0.100", "2.000 ±0.125"] in lines
     assert ["KL, nats a response", "0.000 ±0.000", "< 1.204", "3.500 ±0.250"] in lines
     assert ["loss on text", "2.500", "-", "2.625"] in lines
+    assert ["flag: right", "0.500", "-", "0.750"] in lines
+    assert ["all flags hold", "0.250", "-", "0.625"] in lines
 
 
 def test_the_summary_of_a_run_has_evals_numbers_and_the_reward_models_accuracy() -> None:

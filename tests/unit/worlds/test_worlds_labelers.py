@@ -22,7 +22,8 @@ def test_each_labeler_agrees_with_gold_on_80_to_93_percent_of_pairs_and_ties_at_
     for _ in range(700):
         prompt = world.prompt(rng, False)
         answers = list(dict.fromkeys(world.demonstration(rng, prompt)[0] for _ in range(4)))
-        given = judge_ranking(rng, labeler, [world.flags(prompt, a, True) for a in answers], world.weights)
+        flags = [world.flags(prompt, a, True) for a in answers]
+        given = judge_ranking(rng, labeler, flags, world.weights)["ranks"]
         gold = [world.gold(prompt, answer) for answer in answers]
         for a, b in combinations(range(len(answers)), 2):
             pairs += 1
@@ -32,6 +33,12 @@ def test_each_labeler_agrees_with_gold_on_80_to_93_percent_of_pairs_and_ties_at_
                 agreed += (given[a] < given[b]) == (gold[a] > gold[b])
     assert 0.80 <= agreed / decided <= 0.93
     assert tied / pairs >= 0.10
+
+
+def test_a_ranking_says_which_flags_were_seen_and_what_they_came_to_on_the_scale_from_1_to_7() -> None:
+    flags = [{"right": True, "civil": True}, {"right": False, "civil": True}, {"right": True, "civil": False}]
+    said = judge_ranking(random.Random(0), Labeler("exact", 0.0), flags, {"right": 0.75, "civil": 0.25})
+    assert said == {"ranks": [1, 3, 2], "likert": [7, 3, 5], "flags": flags}  # 1 + 6; 1 + round(1.5); 1 + round(4.5)
 
 
 def test_the_panel_has_several_labelers_who_differ_in_noise_and_in_tastes_for_flags_that_there_are(
@@ -51,7 +58,7 @@ def test_a_labeler_without_noise_or_tastes_ranks_as_gold_does_up_to_ties(world: 
         answers = [world.demonstration(rng, prompt)[0] for _ in range(5)]
         flags = [world.flags(prompt, answer, True) for answer in answers]
         assert see(rng, exact, flags[0], world.weights) == flags[0]
-        given, gold = judge_ranking(rng, exact, flags, world.weights), [world.gold(prompt, a) for a in answers]
+        given, gold = judge_ranking(rng, exact, flags, world.weights)["ranks"], [world.gold(prompt, a) for a in answers]
         for a, b in combinations(range(5), 2):
             if given[a] != given[b]:
                 assert (given[a] < given[b]) == (gold[a] > gold[b])
