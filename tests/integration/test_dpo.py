@@ -48,9 +48,8 @@ def test_the_first_loss_is_log_2_and_the_implicit_reward_learns_the_rankings(bas
     assert list(stage["parents"]) == ["sft"]
     assert stage["examples"] + stage["data"]["all_ties"] == 400
     assert sorted(stage["accuracy"]) == [f"labeler_{n}" for n in range(1, 6)]
-    rows = list(stage["accuracy"].values())
-    assert sum(row["accuracy"] * row["pairs"] for row in rows) / sum(row["pairs"] for row in rows) > 0.5
-    for row in rows:
+    for row in stage["accuracy"].values():
+        assert row["accuracy"] > 0.5
         assert row["pairs"] == row["pairs_before_dropping"]
 
 
