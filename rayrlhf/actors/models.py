@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
+from rayrlhf.weights.probe import ProbeRow
+from rayrlhf.weights.publish import SentBucket
 from rayrlhf.weights.transports import Sender, create_sender
 from rayrlhf.worlds.base import World, create_world
 
@@ -270,24 +273,31 @@ class PolicyActor(_LearnerActor):
             scores[info.sample_id] = self._world.gold(prompts[info.prompt_id], text, not info.truncated)
         return scores
 
-    def begin_publish(self, version: int) -> None:
-        self._version, self._fingerprints = version, list[str]()
+    def start_publish(self, version: int) -> SentBucket | None:
+        """Cut the weights into buckets; the first of them, as `next_bucket`."""
+        self._version, self._sent = version, 0
         self._buckets = self.engine.named_buckets(self._published_module(), self.settings.bucket_bytes)
+        return self.next_bucket()
 
-    def next_bucket(self) -> dict[str, Any] | None:
-        """Gather, pack and fingerprint one bucket (rank 0 returns its ticket); None when there are no more."""
-        bucket = next(self._buckets, None)
-        if bucket is None or self.engine.rank:
-            return None
-        assert self._sender is not None  # rank 0 has one
-        header, buffer = pack(bucket, self._version, len(self._fingerprints), self._sender.reserve)
-        self._fingerprints.append(fingerprint(header, buffer))
-        return self._sender.send(header) | {"nbytes": header.nbytes}
+    def next_bucket(self) -> SentBucket | None:
+        """Gather, pack and fingerprint one bucket. Every rank takes part, rank 0 has something to say."""
+        start, index = perf_counter(), self._sent
+        tensors, last = next(self._buckets)
+        self._sent += 1
+        try:
+            if self._sender is None:
+                return None
+            header, buffer = pack(tensors, self._version, index, self._sender.reserve)
+        finally:
+            if last:
+                self._buckets.close()  # lets a gathered bucket go
+        packed = perf_counter()
+        digest = fingerprint(header, buffer)
+        return SentBucket(
+            self._sender.send(header), digest, header.nbytes, last, packed - start, perf_counter() - packed
+        )
 
-    def finish_publish(self) -> tuple[str, ...]:
-        return tuple(self._fingerprints)
-
-    def probe(self, rows: list[list[int]]) -> list[float]:
+    def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return probe_logprobs(self.engine, rows)
 
     def close(self) -> None:

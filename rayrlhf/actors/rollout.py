@@ -15,7 +15,8 @@ from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
-from rayrlhf.weights.publish import EngineReceipt, Publication, WeightPublisher
+from rayrlhf.weights.probe import ProbeRow
+from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 
 __all__ = ["EnginePool", "RolloutActor"]
 
@@ -47,17 +48,11 @@ class RolloutActor(Actor):
     def close(self) -> None:
         self._engine.close()
 
-    def begin_update(self, version: int) -> None:
-        self._engine.begin_update(version)
-
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         self._engine.load_bucket(ticket)
 
-    def finish_update(self) -> EngineReceipt:
-        return self._engine.finish_update()
-
-    def probe(self, rows: list[list[int]]) -> list[float]:
-        return self._engine.probe(rows)
+    def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+        return self._engine.verify(rows)
 
     def commit(self, version: int) -> None:
         self._engine.commit(version)
@@ -71,19 +66,12 @@ class _Engine:
         self.rank = rank
         self._group = group
 
-    async def begin_update(self, version: int) -> None:
-        await self._group.call_rank(self.rank, "begin_update", version)
-
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
         await self._group.call_rank(self.rank, "load_bucket", ticket)
 
-    async def finish_update(self) -> EngineReceipt:
-        receipt: EngineReceipt = await self._group.call_rank(self.rank, "finish_update")
+    async def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+        receipt: EngineReceipt = await self._group.call_rank(self.rank, "verify", rows)
         return receipt
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
-        logprobs: list[float] = await self._group.call_rank(self.rank, "probe", rows)
-        return logprobs
 
     async def commit(self, version: int) -> None:
         await self._group.call_rank(self.rank, "commit", version)
@@ -95,18 +83,15 @@ class _Policy:
     def __init__(self, group: ActorGroup) -> None:
         self._group = group
 
-    async def begin_publish(self, version: int) -> None:
-        await self._group.call("begin_publish", version)
+    async def start_publish(self, version: int) -> SentBucket:
+        bucket: SentBucket = (await self._group.call("start_publish", version))[0]
+        return bucket
 
-    async def next_bucket(self) -> dict[str, Any] | None:
-        ticket: dict[str, Any] | None = (await self._group.call("next_bucket"))[0]
-        return ticket
+    async def next_bucket(self) -> SentBucket:
+        bucket: SentBucket = (await self._group.call("next_bucket"))[0]
+        return bucket
 
-    async def finish_publish(self) -> tuple[str, ...]:
-        fingerprints: tuple[str, ...] = (await self._group.call("finish_publish"))[0]
-        return fingerprints
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
+    async def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         logprobs: list[float] = (await self._group.call("probe", rows))[0]
         return logprobs
 

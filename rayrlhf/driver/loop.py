@@ -35,7 +35,9 @@ from rayrlhf.driver.protocols import (
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import Publication
 
-__all__ = ["Pacing", "Parts", "run_ppo"]
+__all__ = ["PUBLISH_PARTS", "Pacing", "Parts", "run_ppo"]
+
+PUBLISH_PARTS = ("gather", "transfer", "fingerprint", "load", "probe")
 
 
 class Pacing(Protocol):
@@ -85,9 +87,8 @@ def _publish_metrics(published: Publication) -> dict[str, Any]:
     return {
         "weights/version": published.version,
         "weights/publish_s": published.seconds,
-        "weights/transfer_s": published.transfer_s,
-        "weights/probe_s": published.probe_s,
-        "weights/gib_per_s": published.nbytes / 2**30 / published.transfer_s,
+        **{f"weights/{part}_s": getattr(published, f"{part}_s") for part in PUBLISH_PARTS},
+        "weights/gib_per_s": published.nbytes / 2**30 / (published.gather_s + published.transfer_s),
         "weights/quarantined": len(published.quarantined),
         "weights/quarantine_reasons": published.quarantined,
     }

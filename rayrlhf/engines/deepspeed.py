@@ -7,7 +7,7 @@ micro-batches; the shorter ones run a dummy whose loss counts zero, or a sharded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -179,21 +179,26 @@ class Learner(_Engine):
             self.average.update()
         return {"loss": total, "grad_norm": norm} | (parts.norms(self.device) if parts else {})
 
-    def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The whole parameters of `module`, bucket by bucket; under ZeRO-3 each bucket is gathered and let go again.
+    def named_buckets(
+        self, module: nn.Module, bucket_bytes: int
+    ) -> Generator[tuple[list[tuple[str, Tensor]], bool], None, None]:
+        """The whole parameters of `module`, bucket by bucket, each with whether it is the last.
+
+        Under ZeRO-3 a bucket is gathered, and let go when the next one is asked for (or the generator closed).
 
         A collective under ZeRO-3: every rank must walk through it in step.
         """
         parameters = dict(publish_names(module))
         sizes = [(n, _numel(p) * p.element_size()) for n, p in parameters.items()]
-        for names in bucket_plan(sizes, bucket_bytes):
+        plan = bucket_plan(sizes, bucket_bytes)
+        for index, names in enumerate(plan):
             with self._gathered([parameters[n] for n in names]):
-                yield [(n, parameters[n].data) for n in names]
+                yield [(n, parameters[n].data) for n in names], index + 1 == len(plan)
 
     def save_pretrained(self, module: Any, folder: Path, bucket_bytes: int = 2**28) -> None:
         """Write `module` (a Hugging Face model) as safetensors; rank 0 writes, all ranks take part."""
         state: dict[str, Tensor] = {}
-        for bucket in self.named_buckets(module, bucket_bytes):
+        for bucket, _ in self.named_buckets(module, bucket_bytes):
             if self.rank == 0:
                 state.update((name, tensor.detach().to("cpu", copy=True)) for name, tensor in bucket)
         if self.rank == 0:

@@ -16,6 +16,7 @@ from rayrlhf.engines.batches import Layout, RolloutBatch, cut_rollouts, dummy_ro
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.errors import ModelError
 from rayrlhf.types import Rollout, Scores
+from rayrlhf.weights.probe import ProbeRow
 
 __all__ = ["check_packing", "probe_logprobs", "score_logprobs", "score_rewards", "score_values"]
 
@@ -69,16 +70,16 @@ def score_rewards(
     return scores
 
 
-def probe_logprobs(engine: Learner, rows: list[list[int]]) -> list[float]:
-    """Log-probs (temperature 1) of the tokens of equally long rows from the second on: the publish probe."""
-    tokens = torch.tensor(rows, device=engine.device)
-    height, width = tokens.shape
-    positions = torch.arange(height * width, device=engine.device).reshape(height, width)[:, 1:].reshape(-1)
+def probe_logprobs(engine: Learner, rows: Sequence[ProbeRow]) -> list[float]:
+    """Log-probs (temperature 1) of each row's targets after its context, row after row: the publish probe."""
+    tokens = torch.tensor([row.context for row in rows], device=engine.device)
+    targets = torch.tensor([row.targets for row in rows], device=engine.device)
+    ends = torch.arange(1, len(rows) + 1, device=engine.device) * tokens.shape[1]
 
-    def forward(module: Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return module(tokens=batch[0], positions=batch[1], temperature=1.0)
+    def forward(module: Module, batch: Tensor) -> Tensor:
+        return module(tokens=batch, positions=ends, targets=targets)
 
-    return [float(x) for x in engine.infer(forward, [(tokens, positions)], (tokens, positions))[0].tolist()]
+    return [float(x) for x in engine.infer(forward, [tokens], tokens)[0].reshape(-1).tolist()]
 
 
 def check_packing(engine: Learner | FrozenModel, dtype: str) -> None:

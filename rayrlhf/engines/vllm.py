@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, Rollout, RolloutInfo, SampleRequest
+from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt
 
 __all__ = ["EngineSettings", "RolloutEngine"]
@@ -114,41 +116,57 @@ class RolloutEngine:
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
 
-    def begin_update(self, version: int) -> None:
+    def load_bucket(self, ticket: dict[str, Any]) -> None:
+        """The first bucket of a version opens an update: from then on nothing is sampled until `commit`."""
+        header = ticket["header"]
+        if header["index"] == 0:
+            self._open_update(header["version"])
+        elif header["version"] != self._pending:
+            raise WeightSyncError(f"a bucket of version {header['version']} came during {self._pending}")
+        self._rpc("update_weights", {"ticket": ticket})
+
+    def _open_update(self, version: int) -> None:
         self._version = None
         if self._pending is not None:  # the last publish broke off here
             self._rpc("abandon_weight_update")
         self._pending = version
         self._rpc("start_weight_update")
 
-    def load_bucket(self, ticket: dict[str, Any]) -> None:
-        if ticket["header"]["version"] != self._pending:
-            raise WeightSyncError(f"a bucket of version {ticket['header']['version']} came during {self._pending}")
-        self._rpc("update_weights", {"ticket": ticket})
+    def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+        """End the update: what came, what it did not reach, and the log-probs of the probe under the new weights.
 
-    def finish_update(self) -> EngineReceipt:
+        Raises:
+            WeightSyncError: when keys and values of the old weights are still cached.
+        """
         self._rpc("finish_weight_update")
         receipts = self._llm.collective_rpc("weight_receipt")
         # Shards of one tensor-parallel engine receive the same buckets; any that differs is the one to report.
-        fingerprints, missing = next((r for r in receipts if r[0] != receipts[0][0] or r[1]), receipts[0])
-        # Cached prefixes were computed by the old weights.
-        if not self._llm.reset_prefix_cache():
-            raise WeightSyncError("the prefix cache could not be reset: requests are still running")
-        return EngineReceipt(tuple(fingerprints), tuple(missing))
+        fingerprints, missing, seconds = next((r for r in receipts if r[0] != receipts[0][0] or r[1]), receipts[0])
+        self._drop_caches()
+        start = perf_counter()
+        logprobs = self._probe(rows)
+        return EngineReceipt(tuple(fingerprints), tuple(missing), logprobs, **seconds, probe_s=perf_counter() - start)
 
-    def probe(self, rows: list[list[int]]) -> list[float]:
-        """Log-probs (temperature 1) of each row's tokens from the second on, row after row."""
+    def _drop_caches(self) -> None:
+        """Cached prefixes were computed by the old weights. No log-prob of the probe would show one that stayed."""
+        reset = self._llm.reset_prefix_cache()
+        core = self._llm.llm_engine.engine_core.engine_core
+        blocks = core.scheduler.kv_cache_manager.block_pool
+        if not reset or len(blocks.cached_block_hash_to_block):
+            raise WeightSyncError("the prefix cache still holds keys and values of the old weights")
+
+    def _probe(self, rows: Sequence[ProbeRow]) -> tuple[float, ...]:
+        """Log-probs (temperature 1) of each row's targets, row after row."""
         from vllm import SamplingParams, TokensPrompt
 
-        prompts = [TokensPrompt(prompt_token_ids=row) for row in rows]
-        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [
-            float(entry[token].logprob)
-            for row, output in zip(rows, outputs, strict=True)
-            for token, entry in zip(row[1:], (output.prompt_logprobs or [])[1:], strict=True)
-            if entry is not None
+        prompts = [TokensPrompt(prompt_token_ids=row.context) for row in rows]
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=1, logprob_token_ids=row.targets, detokenize=False)
+            for row in rows
         ]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        tables = [output.outputs[0].logprobs[0] for output in outputs]
+        return tuple(float(table[t].logprob) for row, table in zip(rows, tables, strict=True) for t in row.targets)
 
     def commit(self, version: int) -> None:
         if version != self._pending:

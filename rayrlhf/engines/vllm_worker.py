@@ -7,7 +7,12 @@ finish_weight_update.
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,6 +30,9 @@ from rayrlhf.weights.transports import Receiver, create_receiver
 __all__ = ["BACKEND", "WeightReceiver", "WorkerExtension"]
 
 BACKEND = "rayrlhf"
+# glibc's numbers, malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+LARGEST_KEPT = 2**30
 
 
 @dataclass
@@ -45,25 +53,40 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        _keep_freed_memory()
         self._receiver: Receiver = create_receiver(init_info.transport)
         self._held = {name for name, _ in self.model.named_parameters()}
+        self._begin()
+
+    def _begin(self) -> None:
         self.fingerprints: list[str] = []
+        self.seconds = dict.fromkeys(("transfer_s", "fingerprint_s", "load_s"), 0.0)
         self._loaded: set[str] = set()
 
     def start_weight_update(self) -> None:
-        self.fingerprints = []
-        self._loaded = set()
-        initialize_layerwise_reload(self.model)
+        self._begin()
+        with self._timed("load_s"):
+            initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         header = BucketHeader.from_dict(update_info.ticket["header"])
-        buffer = self._receiver.receive(update_info.ticket)
-        self.fingerprints.append(fingerprint(header, buffer))
-        tensors = ((name, tensor.to(self.device)) for name, tensor in unpack(header, buffer))
-        self._loaded |= self.model.load_weights(tensors)
+        with self._timed("transfer_s"):
+            buffer = self._receiver.receive(update_info.ticket)
+        with self._timed("fingerprint_s"):
+            self.fingerprints.append(fingerprint(header, buffer))
+        with self._timed("load_s"):
+            tensors = ((name, tensor.to(self.device)) for name, tensor in unpack(header, buffer))
+            self._loaded |= self.model.load_weights(tensors)
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        with self._timed("load_s"):
+            finalize_layerwise_reload(self.model, self.model_config)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[part] += perf_counter() - start
 
     @property
     def missing(self) -> list[str]:
@@ -80,10 +103,10 @@ class WorkerExtension:
 
     weight_transfer_engine: WeightReceiver
 
-    def weight_receipt(self) -> tuple[list[str], list[str]]:
-        """(fingerprints of the buckets got, parameters not covered) of the update in progress."""
+    def weight_receipt(self) -> tuple[list[str], list[str], dict[str, float]]:
+        """(fingerprints of the buckets got, parameters not covered, seconds by part) of the newest update."""
         engine = self.weight_transfer_engine
-        return engine.fingerprints, engine.missing
+        return engine.fingerprints, engine.missing, engine.seconds
 
     def abandon_weight_update(self) -> None:
         """Forget an update that broke off half-way, so that the next one can start."""
@@ -93,6 +116,17 @@ class WorkerExtension:
     def memory_bytes(self) -> int:
         """Device memory in use on a GPU; 0 on CPU, where the actor's own resident size tells."""
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep large blocks that it freed, for the next bucket.
+
+    glibc gives them back to the kernel at once, and faulting the pages in again costs more than the copy does.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            libc.mallopt(option, LARGEST_KEPT)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

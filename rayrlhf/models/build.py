@@ -50,7 +50,12 @@ class PolicyModel(nn.Module):
         self.lm = lm
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, temperature: float = 1.0, position_ids: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Log-probs of chosen tokens given what precedes them in their sequence.
 
@@ -59,14 +64,18 @@ class PolicyModel(nn.Module):
             positions: int64 [N], flat indices into [B, T] of the tokens asked for; none may be a sequence's first.
             temperature: logits are divided by it.
             position_ids: int64 [B, T], from 0 in each sequence; None where each row holds one.
+            targets: int64 [N, K], asked for instead of the tokens that stand at the positions.
 
         Returns:
-            float32 [N]: log softmax(logits / temperature) at those tokens.
+            float32 [N], or [N, K]: log softmax(logits / temperature) at those tokens.
         """
         hidden = _hidden(self.lm, tokens, position_ids)
         # The token at position p is predicted by the hidden state at p - 1.
         chosen = hidden.reshape(-1, hidden.shape[-1])[positions - 1]
         logits = self.lm.get_output_embeddings()(chosen)
+        if targets is not None:
+            logprobs: Tensor = (logits.float() / temperature).log_softmax(-1).gather(1, targets)
+            return logprobs
         return token_logprobs(logits, tokens.reshape(-1)[positions], temperature)
 
 

@@ -29,7 +29,7 @@ from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.training import learner_settings
 from rayrlhf.types import PromptTokens
-from rayrlhf.weights.probe import probe_sequences
+from rayrlhf.weights.probe import probe_rows
 from rayrlhf.weights.publish import WeightPublisher
 
 __all__ = ["MODEL_ROLES", "RoleSet", "first_ratio"]
@@ -98,7 +98,7 @@ class RoleSet:
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""
         config = self._config
-        rows = probe_sequences(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
+        rows = probe_rows(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
         publisher = WeightPublisher(rows, config.model.dtype, config.weights.probe_tolerance)
         return EnginePool(self.groups["rollout"], self.groups["policy"], publisher)
 

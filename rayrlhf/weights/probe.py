@@ -7,26 +7,32 @@ kept the old copy; a handful of log-probs over the whole vocabulary can.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["gap_error", "probe_sequences"]
+__all__ = ["ProbeRow", "gap_error", "probe_rows"]
 
-ROW = 17  # one context token, then 16 probed ones
+# Many targets after one short context: every weight takes part in each, and a publish does not wait for a long pass.
+TARGETS, CONTEXT = 16, 8
 
 
-def probe_sequences(vocab_size: int, tokens: int, context: int) -> list[list[int]]:
-    """Rows of token ids whose 2nd and later entries are the probed tokens, spread evenly over the vocabulary.
+@dataclass(frozen=True, slots=True)
+class ProbeRow:
+    """Token ids: the log-prob of each target is asked for, each of them directly after the context."""
 
-    At least `tokens` tokens are probed; no row fills `context`.
-    """
-    probed = max(1, min(ROW, context - 1) - 1)  # the engine generates one token after the row
-    rows = -(-tokens // probed)
-    ids = np.linspace(0, vocab_size - 1, rows * probed).astype(int)
-    # Deal them like cards, so that each row spans the vocabulary instead of a corner of it; the row before lends
-    # its last token as context.
-    hands = [[int(t) for t in ids[i::rows]] for i in range(rows)]
-    return [[hands[i - 1][-1], *hand] for i, hand in enumerate(hands)]
+    context: list[int]
+    targets: list[int]
+
+
+def probe_rows(vocab_size: int, tokens: int, context: int) -> list[ProbeRow]:
+    """At least `tokens` targets, evenly spread over the vocabulary, as are the contexts; no row fills `context`."""
+    count = -(-tokens // TARGETS)
+    ids = np.linspace(0, vocab_size - 1, count * TARGETS).astype(int)
+    # Dealt like cards, so that each row spans the vocabulary instead of a corner of it.
+    hands = [[int(t) for t in ids[i::count]] for i in range(count)]
+    length = max(1, min(CONTEXT, context - 1))  # the engine generates one token after it
+    return [ProbeRow(hands[i - 1][:: TARGETS // CONTEXT][:length], hand) for i, hand in enumerate(hands)]
 
 
 def gap_error(trainer: Sequence[float], engine: Sequence[float], dtype: str, tolerance: float | None) -> str | None:

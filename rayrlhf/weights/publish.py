@@ -1,28 +1,47 @@
 """One publish: policy -> every engine, bucket by bucket, verified before it counts.
 
     driver                      policy ranks                    engines (each)
-      begin(version)      ->    plan the buckets         ->     begin(version): refuses to generate from here on
-      next_bucket()       ->    gather shards, pack      ->     load(ticket): copy, fingerprint, re-pack     } per
-      ... the next bucket is gathered while the engines load this one ...                                    } bucket
-      finish()            ->    fingerprints sent               finish(): fingerprints got, parameters covered
-      probe(rows)         ->    log-probs                       log-probs (after its caches are dropped)
-      commit(version)                                     ->    serves again, as this version
+      start_publish(version) -> gather shards, pack      ->     load(ticket): copy, fingerprint, re-pack    } per
+      next_bucket()          -> ... the next one, while the engines load the one before ...                 } bucket
+      probe(rows)            -> log-probs                       verify(rows): fingerprints got, parameters covered,
+                                                                caches dropped, log-probs
+      commit(version)                                    ->     serves again, as this version
 
-An engine that fails any of it stays uncommitted (quarantined): it generates nothing until a later publish reaches it.
+The first bucket closes an engine: it generates nothing until it is committed. An engine that fails any of it stays
+uncommitted (quarantined) until a later publish reaches it. Calls are sent ahead, never waited for one by one: an
+engine finds its next bucket in its queue.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Protocol
 
 from rayrlhf.errors import WeightSyncError
-from rayrlhf.weights.probe import gap_error
+from rayrlhf.weights.probe import ProbeRow, gap_error
 
-__all__ = ["EngineReceipt", "Publication", "PublishSource", "PublishTarget", "WeightPublisher"]
+__all__ = ["EngineReceipt", "Publication", "PublishSource", "PublishTarget", "SentBucket", "WeightPublisher"]
+
+# Buckets between sender and engines: one being packed, one being loaded.
+IN_FLIGHT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class SentBucket:
+    """What the sender says of a bucket that is ready."""
+
+    ticket: dict[str, Any]
+    """for the engines: header, and where the bytes are"""
+    fingerprint: str
+    nbytes: int
+    last: bool
+    gather_s: float = 0.0
+    """gathering shards and packing them"""
+    fingerprint_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,49 +51,74 @@ class EngineReceipt:
     fingerprints: tuple[str, ...]
     missing: tuple[str, ...]
     """Parameters the engine holds that no bucket reached."""
+    logprobs: tuple[float, ...]
+    """of the probe's targets, row after row"""
+    transfer_s: float = 0.0
+    """copying the bytes"""
+    fingerprint_s: float = 0.0
+    load_s: float = 0.0
+    """into the engine's own layout"""
+    probe_s: float = 0.0
 
 
 class PublishSource(Protocol):
     """The policy's learner group."""
 
-    async def begin_publish(self, version: int) -> None: ...
-    async def next_bucket(self) -> dict[str, Any] | None: ...
-    async def finish_publish(self) -> tuple[str, ...]: ...
-    async def probe(self, rows: list[list[int]]) -> list[float]: ...
+    async def start_publish(self, version: int) -> SentBucket: ...
+    async def next_bucket(self) -> SentBucket: ...
+    async def probe(self, rows: Sequence[ProbeRow]) -> list[float]: ...
 
 
 class PublishTarget(Protocol):
-    """One rollout engine."""
+    """One rollout engine. It takes its calls in the order in which they were made."""
 
     name: str
 
-    async def begin_update(self, version: int) -> None: ...
     async def load_bucket(self, ticket: dict[str, Any]) -> None: ...
-    async def finish_update(self) -> EngineReceipt: ...
-    async def probe(self, rows: list[list[int]]) -> list[float]: ...
+    async def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt: ...
     async def commit(self, version: int) -> None: ...
 
 
 @dataclass(slots=True)
 class Publication:
-    """The outcome of a publish."""
+    """The outcome of a publish. What engines do at the same time counts as long as the slowest takes."""
 
     version: int
     buckets: int = 0
     seconds: float = 0.0
-    transfer_s: float = 0.0
-    probe_s: float = 0.0
     nbytes: int = 0
+    gather_s: float = 0.0
+    """gathering shards and packing them, on the policy's side"""
+    transfer_s: float = 0.0
+    """copying the bytes, on the engine's side"""
+    fingerprint_s: float = 0.0
+    """on both sides"""
+    load_s: float = 0.0
+    """into the engine's own layout"""
+    probe_s: float = 0.0
+    """on the engine's side; the policy's runs beside the load"""
     fingerprints: tuple[str, ...] = ()
     committed: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
     """engine name -> why it did not commit"""
 
+    def sent(self, bucket: SentBucket) -> None:
+        self.buckets += 1
+        self.nbytes += bucket.nbytes
+        self.gather_s += bucket.gather_s
+        self.fingerprint_s += bucket.fingerprint_s
+        self.fingerprints += (bucket.fingerprint,)
+
+    def received(self, receipts: Sequence[EngineReceipt]) -> None:
+        for name in ("transfer_s", "load_s", "probe_s", "fingerprint_s"):
+            slowest = max((getattr(r, name) for r in receipts), default=0.0)
+            setattr(self, name, getattr(self, name) + slowest)
+
 
 class WeightPublisher:
     """Publishes the policy to the engines and commits a version only where it was verified."""
 
-    def __init__(self, rows: list[list[int]], dtype: str, tolerance: float | None) -> None:
+    def __init__(self, rows: Sequence[ProbeRow], dtype: str, tolerance: float | None) -> None:
         self._rows = rows
         self._dtype = dtype
         self._tolerance = tolerance
@@ -83,13 +127,17 @@ class WeightPublisher:
         """Raises WeightSyncError when no engine could be verified."""
         start = perf_counter()
         result = Publication(version)
-        alive = await self._each(result, targets, lambda t: t.begin_update(version))
-        alive = await self._send_buckets(result, source, alive)
-        result.transfer_s = perf_counter() - start
-        alive = await self._compare_fingerprints(result, source, alive)
-        alive = await self._probe(result, source, alive)
-        committed = await self._each(result, alive, lambda t: t.commit(version))
-        result.committed = [t.name for t in committed]
+        alive, loading = await self._send_buckets(result, source, targets)
+        # Sent before the last bucket is loaded: each engine goes on by itself, and the policy probes meanwhile.
+        checking = asyncio.ensure_future(self._each(result, alive, lambda t: t.verify(self._rows)))
+        try:
+            expected = await source.probe(self._rows)
+        finally:
+            await asyncio.gather(*loading)
+            receipts = await checking
+        verified = await self._compare(result, receipts, expected)
+        committed = await self._each(result, verified, lambda t: t.commit(version))
+        result.committed = [t.name for t, _ in committed]
         result.seconds = perf_counter() - start
         if not committed:
             why = "; ".join(f"{name}: {reason}" for name, reason in result.quarantined.items())
@@ -100,61 +148,57 @@ class WeightPublisher:
         return result
 
     async def _send_buckets(
-        self, result: Publication, source: PublishSource, alive: list[PublishTarget]
-    ) -> list[PublishTarget]:
-        await source.begin_publish(result.version)
-        ticket = await source.next_bucket()
-        while ticket is not None:
-            result.buckets += 1
-            result.nbytes += ticket["nbytes"]
-            current = ticket
-            loading = asyncio.ensure_future(self._each(result, alive, lambda t, c=current: t.load_bucket(c)))
-            try:
-                ticket = await source.next_bucket()
-            finally:
-                alive = await loading
-        return alive
+        self, result: Publication, source: PublishSource, targets: Sequence[PublishTarget]
+    ) -> tuple[list[PublishTarget], deque[asyncio.Future[Any]]]:
+        """The engines that have failed nothing so far, and the loads that are still under way."""
+        alive, loading = list(targets), deque[asyncio.Future[Any]]()
+        bucket = await source.start_publish(result.version)
+        try:
+            while True:
+                result.sent(bucket)
+                ticket = bucket.ticket
+                loading.append(asyncio.ensure_future(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k))))
+                if bucket.last:
+                    return alive, loading
+                if len(loading) == IN_FLIGHT:  # the next bucket takes the memory of the oldest
+                    loaded = [t for t, _ in await loading.popleft()]
+                    alive = [t for t in alive if t in loaded]
+                bucket = await source.next_bucket()
+        except BaseException:
+            await asyncio.gather(*loading)
+            raise
 
-    async def _compare_fingerprints(
-        self, result: Publication, source: PublishSource, alive: list[PublishTarget]
+    async def _compare(
+        self, result: Publication, receipts: list[tuple[PublishTarget, EngineReceipt]], expected: Sequence[float]
     ) -> list[PublishTarget]:
-        result.fingerprints = await source.finish_publish()
-
-        async def check(target: PublishTarget) -> None:
-            receipt = await target.finish_update()
+        result.received([receipt for _, receipt in receipts])
+        verified = []
+        for target, receipt in receipts:
+            error = gap_error(expected, receipt.logprobs, self._dtype, self._tolerance)
             if receipt.missing:
-                raise WeightSyncError(f"no weights came for {', '.join(receipt.missing[:3])}")
-            if receipt.fingerprints != result.fingerprints:
-                raise WeightSyncError(_first_difference(result.fingerprints, receipt.fingerprints))
-
-        return await self._each(result, alive, check)
-
-    async def _probe(
-        self, result: Publication, source: PublishSource, alive: list[PublishTarget]
-    ) -> list[PublishTarget]:
-        start = perf_counter()
-        expected = await source.probe(self._rows)
-
-        async def check(target: PublishTarget) -> None:
-            error = gap_error(expected, await target.probe(self._rows), self._dtype, self._tolerance)
+                error = f"no weights came for {', '.join(receipt.missing[:3])}"
+            elif receipt.fingerprints != result.fingerprints:
+                error = _first_difference(result.fingerprints, receipt.fingerprints)
             if error:
-                raise WeightSyncError(error)
+                result.quarantined.setdefault(target.name, error)
+            elif target.name not in result.quarantined:
+                verified.append(target)
+        return verified
 
-        passed = await self._each(result, alive, check)
-        result.probe_s = perf_counter() - start
-        return passed
-
-    async def _each(self, result: Publication, targets: Sequence[PublishTarget], call: Any) -> list[PublishTarget]:
-        """Run `call` on all targets at once; those that raise are quarantined, the others returned."""
+    async def _each(
+        self, result: Publication, targets: Sequence[PublishTarget], call: Any
+    ) -> list[tuple[PublishTarget, Any]]:
+        """Run `call` on all targets at once; those that raise are quarantined, the others returned with the answer."""
         outcomes = await asyncio.gather(*(call(t) for t in targets), return_exceptions=True)
         passed = []
         for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                result.quarantined[target.name] = str(outcome) or repr(outcome)
+                # What follows the first failure follows from it.
+                result.quarantined.setdefault(target.name, str(outcome) or repr(outcome))
             elif isinstance(outcome, BaseException):
                 raise outcome
             else:
-                passed.append(target)
+                passed.append((target, outcome))
         return passed
 
 

@@ -22,13 +22,16 @@ from rayrlhf.models.build import PolicyModel, from_scratch
 from rayrlhf.types import PromptTokens, SampleRequest
 from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack
 from rayrlhf.weights.names import publish_names
-from rayrlhf.weights.probe import probe_sequences
-from rayrlhf.weights.publish import EngineReceipt, Publication, WeightPublisher
+from rayrlhf.weights.probe import ProbeRow, probe_rows
+from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 from rayrlhf.weights.transports import create_sender
+from rayrlhf.weights.transports.shared_memory import _Receiver
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
-VOCAB, CONTEXT, EOS, BUCKET = 600, 64, 0, 100_000
+VOCAB, CONTEXT, EOS, BUCKET = 600, 192, 0, 100_000
+# A CPU engine caches blocks of 128 tokens.
+LONG = 4
 
 
 class Policy:
@@ -39,6 +42,7 @@ class Policy:
         self.sender = create_sender("shared_memory", "test")
         self.drop: set[str] = set()
         self.corrupt: str | None = None
+        self.bucket_bytes = BUCKET
 
     def train(self) -> None:
         """Every weight moves, as after an optimizer step."""
@@ -46,34 +50,31 @@ class Policy:
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
 
-    async def begin_publish(self, version: int) -> None:
-        self.version, self.fingerprints, self.index = version, [], 0
+    async def start_publish(self, version: int) -> SentBucket:
+        self.version, self.index = version, 0
         self.parameters = {n: p.data for n, p in publish_names(self.model.lm) if n not in self.drop}
-        self.plan = bucket_plan([(n, t.nbytes) for n, t in self.parameters.items()], BUCKET)
+        self.plan = bucket_plan([(n, t.nbytes) for n, t in self.parameters.items()], self.bucket_bytes)
+        return await self.next_bucket()
 
-    async def next_bucket(self) -> dict[str, Any] | None:
-        if self.index == len(self.plan):
-            return None
-        names = self.plan[self.index]
-        header, buffer = pack([(n, self.parameters[n]) for n in names], self.version, self.index, self.sender.reserve)
-        self.fingerprints.append(fingerprint(header, buffer))
+    async def next_bucket(self) -> SentBucket:
+        names, index = self.plan[self.index], self.index
+        header, buffer = pack([(n, self.parameters[n]) for n in names], self.version, index, self.sender.reserve)
+        digest = fingerprint(header, buffer)
         self.index += 1
-        if self.corrupt == "flipped bit" and self.index == 2:
+        if self.corrupt == "flipped bit" and index == 1:
             buffer[7] ^= 1
-        if self.corrupt == "previous version" and self.index == 2:
+        if self.corrupt == "previous version" and index == 1:
             header = BucketHeader(header.version - 1, header.index, header.specs)
-        if self.corrupt == "dropped bucket" and self.index == 2:
-            return await self.next_bucket()
-        return self.sender.send(header) | {"nbytes": header.nbytes}
+        ticket = self.sender.send(header)
+        if self.corrupt == "dropped bucket" and index == 1:
+            ticket = {**ticket, "dropped": True}
+        return SentBucket(ticket, digest, header.nbytes, self.index == len(self.plan))
 
-    async def finish_publish(self) -> tuple[str, ...]:
-        return tuple(self.fingerprints)
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
-        tokens = torch.tensor(rows)
-        positions = torch.arange(tokens.numel()).reshape(tokens.shape)[:, 1:].reshape(-1)
+    async def probe(self, rows: list[ProbeRow]) -> list[float]:
+        tokens = torch.tensor([row.context for row in rows])
+        ends = torch.arange(1, len(rows) + 1) * tokens.shape[1]
         with torch.no_grad():
-            return self.model(tokens, positions).tolist()
+            return self.model(tokens, ends, targets=torch.tensor([row.targets for row in rows])).flatten().tolist()
 
 
 class Target:
@@ -84,17 +85,12 @@ class Target:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
-    async def begin_update(self, version: int) -> None:
-        self.engine.begin_update(version)
-
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
-        self.engine.load_bucket(ticket)
+        if not ticket.get("dropped"):
+            self.engine.load_bucket(ticket)
 
-    async def finish_update(self) -> EngineReceipt:
-        return self.engine.finish_update()
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
-        return self.engine.probe(rows)
+    async def verify(self, rows: list[ProbeRow]) -> EngineReceipt:
+        return self.engine.verify(rows)
 
     async def commit(self, version: int) -> None:
         self.engine.commit(version)
@@ -133,8 +129,9 @@ class Pair:
             deterministic=False,
         )
         prompts = [PromptTokens(i, np.arange(5 + i, 30 + i, dtype=np.int32)) for i in range(4)]
+        prompts.append(PromptTokens(LONG, np.arange(5, 145, dtype=np.int32)))
         self.engine = RolloutEngine(settings, prompts)
-        self.publisher = WeightPublisher(probe_sequences(VOCAB, 64, CONTEXT), "float32", None)
+        self.publisher = WeightPublisher(probe_rows(VOCAB, 64, CONTEXT), "float32", None)
         self.version = 0
         self.publish()
 
@@ -175,10 +172,11 @@ def requests() -> list[SampleRequest]:
 
 
 def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(healthy: Pair) -> None:
-    healthy.engine.generate(requests())  # fills the prefix cache with the old weights' keys and values
+    # Fills the prefix cache with the old weights' keys and values.
+    healthy.engine.generate([*requests(), SampleRequest(LONG, LONG, seed=1)])
     healthy.policy.train()
     assert healthy.publish().buckets >= 3
-    for rollout in healthy.engine.generate(requests()):
+    for rollout in healthy.engine.generate([*requests(), SampleRequest(LONG, LONG, seed=1)]):
         tokens = torch.from_numpy(rollout.tokens).long()[None]
         with torch.no_grad():
             logits = healthy.policy.model.lm(input_ids=tokens).logits[0].double() / 0.7
@@ -224,5 +222,32 @@ def test_a_head_that_stayed_old_is_found(healthy: Pair) -> None:
     healthy.policy.train()
     healthy.policy.drop = {"lm_head.weight"}
     with pytest.raises(WeightSyncError, match=r"log-prob difference|no weights came for lm_head"):
+        healthy.publish()
+    assert healthy.engine.version is None
+
+
+def test_a_prefix_cache_that_was_not_reset_is_found(healthy: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healthy.engine._llm, "reset_prefix_cache", lambda: True)
+    healthy.engine.generate([SampleRequest(0, LONG, seed=1)])  # its keys and values stay cached
+    healthy.policy.train()
+    with pytest.raises(WeightSyncError, match="prefix cache still holds keys and values of the old weights"):
+        healthy.publish()
+    assert healthy.engine.version is None
+
+
+def test_a_receive_buffer_that_is_used_again_too_early_is_found(healthy: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprints agree, since they are taken on arrival; the engine holds tensors until a layer is complete."""
+    reused = torch.empty(BUCKET * 4, dtype=torch.uint8)
+    receive = _Receiver.receive
+
+    def into_the_same(self: Any, ticket: dict[str, Any]) -> torch.Tensor:
+        got = receive(self, ticket)
+        reused[: got.numel()].copy_(got)
+        return reused[: got.numel()]
+
+    monkeypatch.setattr(_Receiver, "receive", into_the_same)
+    monkeypatch.setattr(healthy.policy, "bucket_bytes", 1)  # a tensor each, so that every layer comes in several
+    healthy.policy.train()
+    with pytest.raises(WeightSyncError, match="largest log-prob difference"):
         healthy.publish()
     assert healthy.engine.version is None

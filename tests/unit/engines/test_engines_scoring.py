@@ -9,6 +9,7 @@ from torch import nn
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.errors import ModelError
+from rayrlhf.weights.probe import ProbeRow
 
 CUTTINGS = [Cutting(tokens, packed) for tokens in (1, 30, 10_000) for packed in (False, True)]
 
@@ -116,13 +117,13 @@ def test_a_rank_without_a_share_scores_nothing(policy, scalar):
     assert score_rewards(PlainEngine(scalar), [], spare, Cutting(10)).rewards == {}
 
 
-def test_the_probe_reads_every_token_after_the_first_at_temperature_1(policy):
-    rows = [[1, 5, 9, 22], [0, 3, 3, 7], [21, 2, 8, 1]]
+def test_the_probe_reads_each_target_after_its_context_at_temperature_1(policy):
+    rows = [ProbeRow([1, 5, 9], [22, 0]), ProbeRow([0, 3, 3], [7, 7]), ProbeRow([21, 2, 8], [1, 20])]
     expected = []
     for row in rows:
         with torch.no_grad():
-            table = policy.lm(torch.tensor([row])).logits[0].double().log_softmax(-1)
-        expected += [float(table[t - 1, row[t]]) for t in range(1, 4)]
+            after = policy.lm(torch.tensor([row.context])).logits[0, -1].double().log_softmax(-1)
+        expected += [float(after[target]) for target in row.targets]
     assert probe_logprobs(PlainEngine(policy), rows) == pytest.approx(expected, abs=1e-5)
 
 

@@ -7,58 +7,53 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.weights.probe import gap_error, probe_sequences
+from rayrlhf.weights.probe import ProbeRow, gap_error, probe_rows
 
 NAN, INF = math.nan, math.inf
 
 
-def probed(rows: list[list[int]]) -> list[int]:
-    return sorted(token for row in rows for token in row[1:])
+def probed(rows: list[ProbeRow]) -> list[int]:
+    return sorted(token for row in rows for token in row.targets)
 
 
-@given(st.integers(2, 200_000), st.integers(1, 300), st.integers(3, 64))
+@given(st.integers(2, 200_000), st.integers(1, 300), st.integers(2, 64))
 @settings(max_examples=100, deadline=None)
 def test_at_least_the_tokens_asked_for_are_probed_in_range_and_within_the_context(vocab, tokens, context):
-    rows = probe_sequences(vocab, tokens, context)
+    rows = probe_rows(vocab, tokens, context)
     assert len(probed(rows)) >= tokens
-    assert all(0 <= token < vocab for row in rows for token in row)
-    assert all(type(token) is int for row in rows for token in row)
-    assert {len(row) for row in rows} == {min(17, context - 1)}
+    assert all(0 <= token < vocab for row in rows for token in [*row.context, *row.targets])
+    assert all(type(token) is int for row in rows for token in [*row.context, *row.targets])
+    assert {len(row.context) for row in rows} == {min(8, context - 1)}
 
 
-def test_sixty_four_tokens_take_four_rows_of_seventeen():
-    rows = probe_sequences(50_257, 64, 1024)
-    assert [len(row) for row in rows] == [17, 17, 17, 17]
+def test_sixty_four_tokens_take_four_rows_of_sixteen():
+    rows = probe_rows(50_257, 64, 1024)
+    assert [len(row.targets) for row in rows] == [16, 16, 16, 16]
     assert len(set(probed(rows))) == 64
 
 
 def test_the_ids_reach_both_ends_of_the_vocabulary():
-    ids = {token for row in probe_sequences(50_257, 64, 1024) for token in row}
+    ids = probed(probe_rows(50_257, 64, 1024))
     assert min(ids) == 0
     assert max(ids) == 50_256
 
 
-def test_each_row_spans_the_vocabulary():
-    for row in probe_sequences(17_000, 64, 1024):
-        assert min(row) < 1000
-        assert max(row) >= 16_000
+def test_contexts_differ_and_each_row_spans_the_vocabulary():
+    rows = probe_rows(17_000, 64, 1024)
+    assert len({tuple(row.context) for row in rows}) == 4
+    for row in rows:
+        assert min(row.targets) < 1100
+        assert max(row.targets) >= 15_900
+        assert min(row.context) < 1100
+        assert max(row.context) >= 14_000
 
 
 @given(st.integers(500, 200_000))
 @settings(max_examples=30, deadline=None)
 def test_neighbouring_probed_ids_are_evenly_spaced(vocab):
-    ids = probed(probe_sequences(vocab, 64, 1024))
+    ids = probed(probe_rows(vocab, 64, 1024))
     spaces = [b - a for a, b in itertools.pairwise(ids)]
     assert max(spaces) - min(spaces) <= 1
-
-
-def test_the_probed_tokens_start_at_the_bottom_of_the_vocabulary():
-    ids = probed(probe_sequences(17_000, 64, 1024))
-    assert ids[0] <= 17_000 / 64
-
-
-def test_a_row_leaves_room_for_the_token_that_the_engine_must_generate():
-    assert all(len(row) < 16 for row in probe_sequences(1000, 64, 16))
 
 
 def test_float32_is_held_to_its_largest_difference_of_1e_4():

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack, unpack
-from rayrlhf.weights.publish import EngineReceipt
+from rayrlhf.weights.probe import ProbeRow
+from rayrlhf.weights.publish import EngineReceipt, SentBucket
 
 VOCAB, WIDTH = 50, 6
-ROWS = [[1, 7, 30, 49], [0, 20, 40, 2]]
+ROWS = [ProbeRow([30, 1], [7, 30, 49]), ProbeRow([40, 0], [20, 40, 2])]
 
 
-def logprobs(weights: dict[str, torch.Tensor], head: torch.Tensor, rows: list[list[int]]) -> list[float]:
+def logprobs(weights: dict[str, torch.Tensor], head: torch.Tensor, rows: list[ProbeRow]) -> list[float]:
     values = []
     for row in rows:
-        table = torch.log_softmax(weights["embedding"][row[:-1]] @ head.T + weights["bias"], dim=-1)
-        values += [float(table[i, token]) for i, token in enumerate(row[1:])]
+        table = torch.log_softmax(weights["embedding"][row.context[-1]] @ head.T + weights["bias"], dim=-1)
+        values += [float(table[token]) for token in row.targets]
     return values
 
 
@@ -49,29 +50,26 @@ class Policy:
         if self.fail == name:
             raise RuntimeError(f"policy failed in {name}")
 
-    async def begin_publish(self, version: int) -> None:
-        self._called("begin_publish")
-        self._version, self._sent = version, list[str]()
+    async def start_publish(self, version: int) -> SentBucket:
+        self._called("start_publish")
+        self._version, self._sent = version, 0
         self._plan = bucket_plan([(n, t.nbytes) for n, t in self.weights.items()], self.bucket_bytes)
+        return await self.next_bucket()
 
-    async def next_bucket(self) -> dict[str, Any] | None:
-        index = len(self._sent)
+    async def next_bucket(self) -> SentBucket:
+        index = self._sent
         self.log.append(("ask", index))
-        self._called("next_bucket" if index == 0 else f"next_bucket {index}")
+        self._called(f"next_bucket {index}")
         for _ in range(3):
             await asyncio.sleep(0)
-        if index == len(self._plan):
-            return None
+        self._sent += 1
         tensors = [(name, self.weights[name]) for name in self._plan[index]]
         header, buffer = pack(tensors, self._version, index, lambda n: torch.zeros(n, dtype=torch.uint8))
-        self._sent.append(fingerprint(header, buffer))
-        return {"header": header.to_dict(), "bytes": buffer, "nbytes": header.nbytes}
+        ticket = {"header": header.to_dict(), "bytes": buffer}
+        last = self._sent == len(self._plan)
+        return SentBucket(ticket, fingerprint(header, buffer), header.nbytes, last, 0.25, 0.5)
 
-    async def finish_publish(self) -> tuple[str, ...]:
-        self._called("finish_publish")
-        return tuple(self._sent)
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
+    async def probe(self, rows: list[ProbeRow]) -> list[float]:
         self._called("probe")
         return logprobs(self.weights, self.weights["head"], rows)
 
@@ -92,6 +90,7 @@ class Engine:
         }
         self.packed_head = torch.zeros(VOCAB, WIDTH)
         self._load_turns = load_turns
+        self._turn = asyncio.Lock()  # an actor takes its calls one by one, in order
         self._kept: dict[int, dict[str, Any]] = {}
 
     def _called(self, name: str) -> None:
@@ -99,16 +98,16 @@ class Engine:
         if self.fault == f"raises in {name}":
             raise RuntimeError(f"{self.name} failed in {name}")
 
-    async def begin_update(self, version: int) -> None:
-        self._called("begin")
-        self.version, self._pending = None, version
-        self._got: list[str] = []
-        self._loaded: set[str] = set()
-
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
+        async with self._turn:
+            await self._load(ticket)
+
+    async def _load(self, ticket: dict[str, Any]) -> None:
         index = ticket["header"]["index"]
         self.log.append(("start", index))
         self._called("load")
+        if index == 0:
+            self.version, self._got, self._loaded = None, list[str](), set[str]()
         if self.fault == "drops a bucket" and index == 1:
             return
         previous, self._kept[index] = self._kept.get(index), ticket
@@ -125,17 +124,17 @@ class Engine:
             await asyncio.sleep(0)
         self.log.append(("end", index))
 
-    async def finish_update(self) -> EngineReceipt:
-        self._called("finish")
-        if self.fault != "keeps a stale head":
-            self.packed_head = self.weights["head"].clone()
-        held = {*self.weights, *(["extra.bias"] if self.fault == "has a parameter nobody sends" else [])}
-        return EngineReceipt(tuple(self._got), tuple(sorted(held - self._loaded)))
-
-    async def probe(self, rows: list[list[int]]) -> list[float]:
-        self._called("probe")
-        values = logprobs(self.weights, self.packed_head, rows)
-        return values[:-1] if self.fault == "answers a probe too short" else values
+    async def verify(self, rows: list[ProbeRow]) -> EngineReceipt:
+        async with self._turn:
+            self._called("verify")
+            if self.fault != "keeps a stale head":
+                self.packed_head = self.weights["head"].clone()
+            held = {*self.weights, *(["extra.bias"] if self.fault == "has a parameter nobody sends" else [])}
+            values = logprobs(self.weights, self.packed_head, rows)
+            if self.fault == "answers a probe too short":
+                values = values[:-1]
+            missing = tuple(sorted(held - self._loaded))
+            return EngineReceipt(tuple(self._got), missing, tuple(values), 1.0, 2.0, 3.0, 4.0)
 
     async def commit(self, version: int) -> None:
         self._called("commit")
