@@ -48,6 +48,9 @@ class RolloutActor(Actor):
     def close(self) -> None:
         self._engine.close()
 
+    def begin_update(self, version: int) -> None:
+        self._engine.begin_update(version)
+
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         self._engine.load_bucket(ticket)
 
@@ -65,6 +68,9 @@ class _Engine:
         self.name = f"{group.role}-{rank}"
         self.rank = rank
         self._group = group
+
+    async def begin_update(self, version: int) -> None:
+        await self._group.call_rank(self.rank, "begin_update", version)
 
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
         await self._group.call_rank(self.rank, "load_bucket", ticket)

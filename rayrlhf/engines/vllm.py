@@ -116,21 +116,18 @@ class RolloutEngine:
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
 
-    def load_bucket(self, ticket: dict[str, Any]) -> None:
-        """The first bucket of a version opens an update: from then on nothing is sampled until `commit`."""
-        header = ticket["header"]
-        if header["index"] == 0:
-            self._open_update(header["version"])
-        elif header["version"] != self._pending:
-            raise WeightSyncError(f"a bucket of version {header['version']} came during {self._pending}")
-        self._rpc("update_weights", {"ticket": ticket})
-
-    def _open_update(self, version: int) -> None:
+    def begin_update(self, version: int) -> None:
+        """From here on nothing is sampled until `commit`."""
         self._version = None
         if self._pending is not None:  # the last publish broke off here
             self._rpc("abandon_weight_update")
         self._pending = version
         self._rpc("start_weight_update")
+
+    def load_bucket(self, ticket: dict[str, Any]) -> None:
+        if ticket["header"]["version"] != self._pending:
+            raise WeightSyncError(f"a bucket of version {ticket['header']['version']} came during {self._pending}")
+        self._rpc("update_weights", {"ticket": ticket})
 
     def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
         """End the update: what came, what it did not reach, and the log-probs of the probe under the new weights.

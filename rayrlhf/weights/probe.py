@@ -14,7 +14,7 @@ import numpy as np
 __all__ = ["ProbeRow", "gap_error", "probe_rows"]
 
 # Many targets after one short context: every weight takes part in each, and a publish does not wait for a long pass.
-TARGETS, CONTEXT = 16, 8
+TARGETS, CONTEXT = 32, 8
 
 
 @dataclass(frozen=True, slots=True)

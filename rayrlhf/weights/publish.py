@@ -1,15 +1,15 @@
 """One publish: policy -> every engine, bucket by bucket, verified before it counts.
 
     driver                      policy ranks                    engines (each)
-      start_publish(version) -> gather shards, pack      ->     load(ticket): copy, fingerprint, re-pack    } per
-      next_bucket()          -> ... the next one, while the engines load the one before ...                 } bucket
+      begin(version)         -> plan the buckets         ->     begin(version): samples nothing from here on
+      next_bucket()          -> gather shards, pack      ->     load(ticket): copy, fingerprint, re-pack    } per
+                             -> ... the next one, while the engines load the one before ...                 } bucket
       probe(rows)            -> log-probs                       verify(rows): fingerprints got, parameters covered,
                                                                 caches dropped, log-probs
       commit(version)                                    ->     serves again, as this version
 
-The first bucket closes an engine: it generates nothing until it is committed. An engine that fails any of it stays
-uncommitted (quarantined) until a later publish reaches it. Calls are sent ahead, never waited for one by one: an
-engine finds its next bucket in its queue.
+An engine that fails any of it stays uncommitted (quarantined) until a later publish reaches it. Calls are sent ahead,
+not waited for one by one: an engine finds its next bucket in its queue.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class PublishTarget(Protocol):
 
     name: str
 
+    async def begin_update(self, version: int) -> None: ...
     async def load_bucket(self, ticket: dict[str, Any]) -> None: ...
     async def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt: ...
     async def commit(self, version: int) -> None: ...
@@ -152,8 +153,10 @@ class WeightPublisher:
     ) -> tuple[list[PublishTarget], deque[asyncio.Future[Any]]]:
         """The engines that have failed nothing so far, and the loads that are still under way."""
         alive, loading = list(targets), deque[asyncio.Future[Any]]()
-        bucket = await source.start_publish(result.version)
+        opening = asyncio.ensure_future(self._each(result, targets, lambda t: t.begin_update(result.version)))
         try:
+            bucket = await source.start_publish(result.version)
+            alive = [t for t, _ in await opening]
             while True:
                 result.sent(bucket)
                 ticket = bucket.ticket
@@ -165,7 +168,7 @@ class WeightPublisher:
                     alive = [t for t in alive if t in loaded]
                 bucket = await source.next_bucket()
         except BaseException:
-            await asyncio.gather(*loading)
+            await asyncio.gather(opening, *loading)
             raise
 
     async def _compare(

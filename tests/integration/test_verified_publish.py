@@ -85,6 +85,9 @@ class Target:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
+    async def begin_update(self, version: int) -> None:
+        self.engine.begin_update(version)
+
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
         if not ticket.get("dropped"):
             self.engine.load_bucket(ticket)

@@ -19,6 +19,7 @@ FAULTS = {
     "has a parameter nobody sends": r"no weights came for extra\.bias",
     "keeps a stale head": r"largest log-prob difference .* is over 0\.0001 on 6 probed tokens",
     "answers a probe too short": r"the trainer probed 6 tokens, the engine 5",
+    "raises in begin": "bad failed in begin",
     "raises in load": "bad failed in load",
     "raises in verify": "bad failed in verify",
     "raises in commit": "bad failed in commit",
@@ -41,7 +42,7 @@ def test_a_good_publish_commits_every_engine():
     assert result.quarantined == {}
     assert [e.version for e in engines] == [0, 0, 0]
     for engine in engines:
-        assert engine.calls == ["load", "load", "load", "verify", "commit"]
+        assert engine.calls == ["begin", "load", "load", "load", "verify", "commit"]
         assert all(torch.equal(engine.weights[n], policy.weights[n]) for n in policy.weights)
 
 
@@ -110,7 +111,7 @@ def test_a_dropped_bucket_is_seen_even_where_its_parameters_came_before():
 
 
 def test_an_engine_that_failed_is_not_committed_and_what_follows_from_a_failure_is_not_its_reason():
-    for fault in ("raises in load", "gets a flipped bit", "raises in verify"):
+    for fault in ("raises in begin", "raises in load", "gets a flipped bit", "raises in verify"):
         engines = three()
         engines[1].fault = fault
         result = publish(0, Policy(bucket_bytes=1), engines)
@@ -127,7 +128,7 @@ def test_an_engine_that_failed_gets_at_most_what_was_sent_ahead():
         engine.weights |= {f"more{i}": torch.zeros(3) for i in range(4)}
     publish(0, policy, engines)
     assert engines[0].calls.count("load") == 7
-    assert engines[1].calls == ["load", "load"]
+    assert engines[1].calls == ["begin", "load", "load"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -98,6 +98,11 @@ class Engine:
         if self.fault == f"raises in {name}":
             raise RuntimeError(f"{self.name} failed in {name}")
 
+    async def begin_update(self, version: int) -> None:
+        async with self._turn:
+            self._called("begin")
+            self.version, self._got, self._loaded = None, list[str](), set[str]()
+
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
         async with self._turn:
             await self._load(ticket)
@@ -106,8 +111,6 @@ class Engine:
         index = ticket["header"]["index"]
         self.log.append(("start", index))
         self._called("load")
-        if index == 0:
-            self.version, self._got, self._loaded = None, list[str](), set[str]()
         if self.fault == "drops a bucket" and index == 1:
             return
         previous, self._kept[index] = self._kept.get(index), ticket
