@@ -149,6 +149,7 @@ async def _start(folder: str, engines: int, bucket_bytes: int) -> tuple[ActorGro
             gpu_memory_utilization=0.5,
             max_sequences=64,
             transport="shared_memory",
+            run="bench",
             eos=EOS,
             trust_remote_code=False,
             deterministic=False,

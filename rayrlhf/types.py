@@ -117,6 +117,10 @@ class RolloutInfo:
     """R, the final EOS included"""
     truncated: bool
     """True when the response was cut by `rollout.max_tokens` before an EOS."""
+    version: int = 0
+    """of the policy that sampled its oldest token"""
+    seconds: float = 0.0
+    """from the start of the engine's call until it was finished"""
 
 
 @dataclass(frozen=True, slots=True)

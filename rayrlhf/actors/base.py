@@ -22,12 +22,25 @@ class Actor:
     def close(self) -> None:
         """Give back what is held outside this process's memory; nothing, unless a role says otherwise."""
 
+    def node(self) -> str:
+        """Ray's id of the node this process runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     def free_address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             port: int = probe.getsockname()[1]
         return ray.util.get_node_ip_address(), port
+
+    def use_network(self) -> None:
+        """Let process groups of this process talk over the interface that Ray found, whatever the host's name says."""
+        address = ray.util.get_node_ip_address()
+        for interface, entries in psutil.net_if_addrs().items():
+            if any(entry.address == address for entry in entries):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+                os.environ.setdefault("VLLM_HOST_IP", address)
 
     def memory_gib(self) -> float:
         """Resident memory of this process, with the GPU memory it allocated."""

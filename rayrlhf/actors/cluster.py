@@ -61,7 +61,7 @@ def _knock(address: str) -> None:
 
 def _ray_init(config: Config, local: bool, cpus: int) -> None:
     ray.init(
-        address=None if local else config.cluster.address,
+        address="local" if local else config.cluster.address,  # None would join any cluster that runs on this machine
         namespace=f"rayrlhf-{config.run.name}",
         # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
         num_cpus=max(os.cpu_count() or 1, cpus) if local else None,

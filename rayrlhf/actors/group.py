@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -19,6 +19,7 @@ from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
 __all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
 
 
+END = object()
 # Actors that are asked to close before they are ended get this long.
 CLOSE_S = 3.0
 
@@ -31,7 +32,9 @@ class ActorGroup:
         self.placement = placement
         self.actors: list[Any] = []
         self._timeout = call_timeout_s
-        self._bundles: PlacementGroup = placement_group(placement.bundles(), strategy="PACK", name=placement.role)
+        self._bundles: PlacementGroup = placement_group(
+            placement.bundles(), strategy=placement.strategy.upper(), name=placement.role
+        )
 
     @property
     def ranks(self) -> int:
@@ -53,6 +56,7 @@ class ActorGroup:
                 name=f"{self.role}-{rank}",
                 num_cpus=self.placement.cpus,
                 num_gpus=self.placement.gpus,
+                resources=dict(self.placement.resources),
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": self.placement.environment()},
             ).remote(*args)
@@ -87,6 +91,21 @@ class ActorGroup:
         refs = [getattr(self.actors[rank], method).remote(*args)]
         return (await self._wait(refs, method, self._timeout, first=rank))[0]
 
+    async def stream_rank(self, rank: int, method: str, *args: Any) -> AsyncIterator[Any]:
+        """What one rank's generator yields, as it comes; the deadline is for each of them."""
+        where = f"{self.role} rank {rank} failed in {method}", f"{self.role}-{rank}"
+        items = getattr(self.actors[rank], method).options(num_returns="streaming").remote(*args)
+        while True:
+            try:
+                item = await asyncio.wait_for(_next(items), self._timeout)
+            except TimeoutError:
+                raise self._too_late(rank, method, self._timeout) from None
+            except (RayError, RayRLHFError) as error:
+                raise explain(error, *where) from None
+            if item is END:
+                return
+            yield item
+
     def close(self) -> None:
         """End every actor and give the bundles back."""
         for actor in self.actors:
@@ -105,12 +124,15 @@ class ActorGroup:
                 raise explain(error, f"{self.role} rank {rank} failed in {method}", f"{self.role}-{rank}")
         if pending:
             rank = first + next(i for i, f in enumerate(futures) if f in pending)
-            raise ActorTimeout(
-                f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
-                "raise cluster.call_timeout_s if that is too short; else see "
-                f"logs/{self.role}-{rank}.log in the folder of the run",
-            )
+            raise self._too_late(rank, method, timeout_s)
         return [future.result() for future in futures]
+
+    def _too_late(self, rank: int, method: str, timeout_s: float) -> ActorTimeout:
+        return ActorTimeout(
+            f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
+            "raise cluster.call_timeout_s if that is too short; else see "
+            f"logs/{self.role}-{rank}.log in the folder of the run",
+        )
 
 
 class KeptActors:
@@ -159,3 +181,10 @@ def _as_future(ref: Any) -> asyncio.Future[Any]:
 
 async def _get(ref: Any) -> Any:
     return await ref
+
+
+async def _next(items: Any) -> Any:
+    try:
+        return await (await anext(items))
+    except StopAsyncIteration:
+        return END

@@ -19,6 +19,7 @@ import ray
 import torch
 
 from rayrlhf.actors.base import Actor
+from rayrlhf.actors.relay import attach_copy
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
@@ -86,6 +87,7 @@ class _ModelActor(Actor):
 
     def start(self, rendezvous: Rendezvous) -> None:
         """Join the role's process group and load the model."""
+        self.use_network()
         join_process_group(rendezvous)
         self.engine = self._load()
         if self.settings.cutting.packed:
@@ -240,11 +242,12 @@ class PolicyActor(_LearnerActor):
         return score_logprobs(self.engine, rollouts, spare, self.settings.cutting, self.settings.temperature)
 
     def estimate(
-        self, ids: Sequence[int], kl_coef: float, n_rollouts: int, *chunks: Any
+        self, ids: Sequence[int], kl_coef: float, version: int, n_rollouts: int, *chunks: Any
     ) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
         """Experience of the samples `ids` (its handle in a list), metrics over all ranks, and a few samples as text.
 
         Args:
+            version: of the policy as it is now.
             n_rollouts: how many of `chunks` are rollouts; the rest are scores of every role and rank.
         """
         rollouts = {r.info.sample_id: r for chunk in chunks[:n_rollouts] for r in chunk}
@@ -253,7 +256,7 @@ class PolicyActor(_LearnerActor):
             scores.merge(part)
         assert self.settings.estimate is not None
         experiences, metrics = estimate(
-            [rollouts[i] for i in ids], scores, self.settings.estimate, kl_coef, self.engine.device
+            [rollouts[i] for i in ids], scores, self.settings.estimate, kl_coef, self.engine.device, version
         )
         gold = self._gold([rollouts[i] for i in ids])
         if gold is not None:
@@ -273,9 +276,13 @@ class PolicyActor(_LearnerActor):
             scores[info.sample_id] = self._world.gold(prompts[info.prompt_id], text, not info.truncated)
         return scores
 
-    def start_publish(self, version: int) -> SentBucket | None:
-        """Cut the weights into buckets; the first of them, as `next_bucket`."""
-        self._version, self._sent = version, 0
+    def start_publish(self, version: int, elsewhere: bool) -> SentBucket | None:
+        """Cut the weights into buckets; the first of them, as `next_bucket`.
+
+        Args:
+            elsewhere: an engine is on another node than this role's rank 0.
+        """
+        self._version, self._elsewhere, self._sent = version, elsewhere, 0
         self._buckets = self.engine.named_buckets(self._published_module(), self.settings.bucket_bytes)
         return self.next_bucket()
 
@@ -291,11 +298,12 @@ class PolicyActor(_LearnerActor):
         finally:
             if last:
                 self._buckets.close()  # lets a gathered bucket go
+        ticket = self._sender.send(header)
+        if self._elsewhere:
+            ticket = attach_copy(ticket, buffer)
         packed = perf_counter()
         digest = fingerprint(header, buffer)
-        return SentBucket(
-            self._sender.send(header), digest, header.nbytes, last, packed - start, perf_counter() - packed
-        )
+        return SentBucket(ticket, digest, header.nbytes, last, packed - start, perf_counter() - packed)
 
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return probe_logprobs(self.engine, rows)

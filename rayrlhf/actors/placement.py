@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config
@@ -31,9 +31,12 @@ class RolePlacement:
     cpus: float
     gpus: float
     threads: int
+    resources: Mapping[str, float] = field(default_factory=dict)
+    """custom ones of Ray's nodes"""
+    strategy: str = "pack"
 
     def bundles(self) -> list[dict[str, float]]:
-        bundle = {"CPU": self.cpus, "GPU": self.gpus}
+        bundle = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
         return [{k: v for k, v in bundle.items() if v} or {"CPU": 0.01} for _ in range(self.ranks)]
 
     def environment(self) -> dict[str, str]:
@@ -47,7 +50,7 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
     cluster = config.cluster
     without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     roles = [
-        RolePlacement(role, r.ranks, r.cpus, cluster.gpus(r), r.threads)
+        RolePlacement(role, r.ranks, r.cpus, cluster.gpus(r), r.threads, r.resources, r.strategy)
         for role, r in (
             ("policy", cluster.policy),
             ("reference", cluster.reference),
@@ -64,6 +67,8 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
             engine.cpus * shards,
             cluster.gpus(engine) * shards,
             engine.threads,
+            engine.resources,
+            engine.strategy,
         )
     )
     return roles
@@ -72,7 +77,8 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
 def plan_training(config: Config) -> RolePlacement:
     """The workers of `TRAINING` stages."""
     train = config.cluster.train
-    return RolePlacement("train", train.ranks, train.cpus, config.cluster.gpus(train), train.threads)
+    gpus = config.cluster.gpus(train)
+    return RolePlacement("train", train.ranks, train.cpus, gpus, train.threads, train.resources, train.strategy)
 
 
 def plans(config: Config) -> list[list[RolePlacement]]:
@@ -86,12 +92,19 @@ def plans(config: Config) -> list[list[RolePlacement]]:
 
 
 def required(config: Config) -> dict[str, float]:
-    """CPUs and GPUs that the run needs at once: stages follow each other, so the largest counts."""
+    """CPUs, GPUs and custom resources that the run needs at once: stages follow each other, so the largest counts."""
     together = plans(config)
-    return {
-        "CPU": max(sum(p.ranks * p.cpus for p in group) for group in together),
-        "GPU": max(sum(p.ranks * p.gpus for p in group) for group in together),
-    }
+    kinds = sorted({kind for group in together for p in group for kind in p.resources})
+    return {kind: max(_asked(group, kind) for group in together) for kind in ("CPU", "GPU", *kinds)}
+
+
+def _asked(group: Sequence[RolePlacement], kind: str) -> float:
+    return sum(p.ranks * _of_rank(p, kind) for p in group)
+
+
+def _of_rank(placement: RolePlacement, kind: str) -> float:
+    own = {"CPU": placement.cpus, "GPU": placement.gpus, **placement.resources}
+    return own.get(kind, 0.0)
 
 
 def promised_cpus(config: Config) -> float:
@@ -105,10 +118,11 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
     for kind, asked in required(config).items():
         found = available.get(kind, 0.0)
         if asked > found + 1e-6:
-            unit = f"{kind.lower()}s"
-            largest = max(plans(config), key=lambda group: sum(p.ranks * getattr(p, unit) for p in group))
-            shares = ", ".join(f"{p.role} {p.ranks} x {getattr(p, unit):g}" for p in largest)
+            known = kind in ("CPU", "GPU")
+            named, key = (f"{kind}s", f"{kind.lower()}s") if known else (f"of {kind!r}", f"resources.{kind}")
+            largest = max(plans(config), key=lambda group: _asked(group, kind))
+            shares = ", ".join(f"{p.role} {p.ranks} x {_of_rank(p, kind):g}" for p in largest if _of_rank(p, kind))
             raise ResourceError(
-                f"the config asks for {asked:g} {kind}s, the cluster has {found:g} ({shares})",
-                "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{unit}",
+                f"the config asks for {asked:g} {named}, the cluster has {found:g} ({shares})",
+                "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{key}",
             )

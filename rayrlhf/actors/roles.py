@@ -16,22 +16,31 @@ from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, Scor
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
-__all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "UpdateRecord", "memory_per_role"]
+__all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "UpdateRecord", "memory_per_role", "score_with"]
 
 
 class ScorerRoles:
-    """Old log-probs (policy), reference log-probs, rewards and values, all roles at once."""
+    """Reference log-probs and rewards of the frozen roles; old log-probs and values of those that learn."""
 
-    def __init__(self, groups: Sequence[ActorGroup]) -> None:
-        self._groups = groups
+    def __init__(self, frozen: Sequence[ActorGroup], learning: Sequence[ActorGroup]) -> None:
+        self._frozen = frozen
+        self._learning = learning
 
-    async def score(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        calls = [
-            group.call("score", *batch.handles, each=[(ids,) for ids in _deal(batch.infos, group.ranks)])
-            for group in self._groups
-        ]
-        results = await asyncio.gather(*calls)
-        return tuple(handle for ranks in results for handles in ranks for handle in handles)
+    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+        return await score_with(self._frozen, batch)
+
+    async def learning(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+        return await score_with(self._learning, batch)
+
+
+async def score_with(groups: Sequence[ActorGroup], batch: RolloutBatch) -> tuple[Handle, ...]:
+    """The scores of every response by these roles, all at once: handles of `Scores`."""
+    calls = [
+        group.call("score", *batch.handles, each=[(ids,) for ids in _deal(batch.infos, group.ranks)])
+        for group in groups
+    ]
+    results = await asyncio.gather(*calls)
+    return tuple(handle for ranks in results for handles in ranks for handle in handles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,7 @@ class LearnerRoles:
         results = await self._policy.call(
             "estimate",
             kl_coef,
+            batch.version,
             len(rollouts),
             *rollouts,
             *batch.scores,

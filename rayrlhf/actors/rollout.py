@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -11,6 +12,8 @@ import ray
 
 from rayrlhf.actors.base import Actor
 from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.relay import Arrivals
+from rayrlhf.data.batching import balance
 from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
 from rayrlhf.errors import WeightSyncError
@@ -18,7 +21,10 @@ from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 
-__all__ = ["EnginePool", "RolloutActor"]
+__all__ = ["EnginePool", "ExpectedTokens", "RolloutActor"]
+
+# An engine hands over its share in about so many parts: scoring starts early, and the driver is not asked too often.
+PARTS = 8
 
 
 class RolloutActor(Actor):
@@ -27,6 +33,8 @@ class RolloutActor(Actor):
         self._settings = settings
 
     def start(self, prompts: list[PromptTokens]) -> None:
+        self.use_network()
+        self._arrivals = Arrivals(self._settings.transport, self._settings.run)
         self._engine = RolloutEngine(self._settings, prompts)
 
     def hold_prompts(self, prompts: list[PromptTokens]) -> None:
@@ -39,23 +47,28 @@ class RolloutActor(Actor):
         return super().memory_gib() + float(sum(p.memory_info().rss for p in shards)) / 2**30
 
     def generate(
-        self, requests: Sequence[SampleRequest], temperature: float | None = None
-    ) -> tuple[list[RolloutInfo], list[Any]]:
-        """Who was sampled, and the handle of their `Rollout`s in a list."""
-        rollouts = self._engine.generate(requests, temperature)
-        return [r.info for r in rollouts], [ray.put(rollouts)]
+        self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None = None
+    ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
+        """Of the responses that are finished: who was sampled, and the handle of their `Rollout`s in a list."""
+        # Ray forgets an object whose handle is yielded inside another one, unless it is also held here until the driver
+        # has taken its own; that of the last call it has.
+        self._handed = []
+        for rollouts in self._engine.generate(requests, at_once, temperature):
+            self._handed.append(ray.put(rollouts))
+            yield [r.info for r in rollouts], self._handed[-1:]
 
     def close(self) -> None:
+        self._arrivals.close()
         self._engine.close()
 
     def begin_update(self, version: int) -> None:
         self._engine.begin_update(version)
 
     def load_bucket(self, ticket: dict[str, Any]) -> None:
-        self._engine.load_bucket(ticket)
+        self._engine.load_bucket(self._arrivals.localise(ticket))
 
     def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
-        return self._engine.verify(rows)
+        return replace(self._engine.verify(rows), memory_gib=self.memory_gib())
 
     def commit(self, version: int) -> None:
         self._engine.commit(version)
@@ -86,11 +99,16 @@ class _Engine:
 class _Policy:
     """The policy's ranks as the publisher sees them: all take part, rank 0 speaks."""
 
-    def __init__(self, group: ActorGroup) -> None:
+    def __init__(self, group: ActorGroup, engines: ActorGroup) -> None:
         self._group = group
+        self._engines = engines
+        self._elsewhere: bool | None = None
 
     async def start_publish(self, version: int) -> SentBucket:
-        bucket: SentBucket = (await self._group.call("start_publish", version))[0]
+        if self._elsewhere is None:
+            home, *away = await self._group.call_rank(0, "node"), *await self._engines.call("node")
+            self._elsewhere = any(node != home for node in away)
+        bucket: SentBucket = (await self._group.call("start_publish", version, self._elsewhere))[0]
         return bucket
 
     async def next_bucket(self) -> SentBucket:
@@ -105,30 +123,97 @@ class _Policy:
 class EnginePool:
     """Samples from, and publishes to, all engines. Implements the driver's `RolloutPool` and `Weights`."""
 
-    def __init__(self, engines: ActorGroup, policy: ActorGroup, publisher: WeightPublisher) -> None:
+    def __init__(
+        self,
+        engines: ActorGroup,
+        policy: ActorGroup,
+        publisher: WeightPublisher,
+        prompts: Sequence[PromptTokens],
+        fixed: bool = False,
+    ) -> None:
+        """`fixed`: which engine draws a response, and with which others, depends on its number alone."""
         self._group = engines
         self._engines = [_Engine(engines, rank) for rank in range(engines.ranks)]
-        self._policy = _Policy(policy)
+        self._policy = _Policy(policy, engines)
         self._publisher = publisher
+        self._fixed = fixed
+        self._lengths = ExpectedTokens({p.prompt_id: len(p.tokens) for p in prompts})
         self._serving: list[_Engine] = []
+        # Responses and new weights take turns: a publish waits for the last response, and goes before the next batch.
+        self._turn = asyncio.Lock()
 
-    async def generate(self, requests: Sequence[SampleRequest], temperature: float | None = None) -> RolloutBatch:
-        """Deal the requests evenly to the engines that hold verified weights."""
-        if not self._serving:
-            raise WeightSyncError("no engine holds verified weights", "publish before sampling")
-        shares = [requests[i :: len(self._serving)] for i in range(len(self._serving))]
-        calls = [
-            self._group.call_rank(engine.rank, "generate", share, temperature)
-            for engine, share in zip(self._serving, shares, strict=True)
-            if share
-        ]
-        results = await asyncio.gather(*calls)
-        infos = tuple(info for infos, _ in results for info in infos)
-        return RolloutBatch(infos, tuple(handle for _, handles in results for handle in handles))
+    async def generate(
+        self, requests: Sequence[SampleRequest], temperature: float | None = None
+    ) -> AsyncGenerator[RolloutBatch]:
+        """The responses, some at a time as they are finished, from the engines that hold verified weights."""
+        async with self._turn:
+            if not self._serving:
+                raise WeightSyncError("no engine holds verified weights", "publish before sampling")
+            shares = self._deal(requests)
+            arriving: asyncio.Queue[RolloutBatch | None] = asyncio.Queue()
+            drawing = [
+                asyncio.ensure_future(self._draw(engine, share, temperature, arriving))
+                for engine, share in zip(self._serving, shares, strict=True)
+            ]
+            everyone = asyncio.gather(*drawing)
+            everyone.add_done_callback(lambda _: arriving.put_nowait(None))
+            try:
+                parts = []
+                while (part := await arriving.get()) is not None:
+                    self._lengths.learn(part.infos)
+                    parts.append(part)
+                    if not self._fixed:
+                        yield part
+                await everyone
+                if self._fixed:  # what is scored together must not depend on who was finished first
+                    yield RolloutBatch.joined(parts)
+            finally:
+                everyone.cancel()
+                await asyncio.gather(everyone, return_exceptions=True)  # asyncio prints what nobody has looked at
+
+    async def _draw(
+        self,
+        engine: _Engine,
+        share: Sequence[SampleRequest],
+        temperature: float | None,
+        arriving: asyncio.Queue[RolloutBatch | None],
+    ) -> None:
+        if share:
+            at_once = len(share) if self._fixed else -(-len(share) // PARTS)
+            async for infos, handles in self._group.stream_rank(engine.rank, "generate", share, at_once, temperature):
+                arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
+
+    def _deal(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
+        """A share for each serving engine: of the requests by number, or of the tokens that they will likely take."""
+        count = len(self._serving)
+        if self._fixed:
+            return [list(requests[i::count]) for i in range(count)]
+        shares = balance([self._lengths.of(request.prompt_id) for request in requests], count)
+        return [[requests[i] for i in share] for share in shares]
 
     async def publish(self, version: int) -> Publication:
         """Bring every engine, a quarantined one included, to `version`; only verified ones serve afterwards."""
-        self._serving = []
-        result = await self._publisher.publish(version, self._policy, self._engines)
-        self._serving = [e for e in self._engines if e.name in result.committed]
-        return result
+        async with self._turn:
+            self._serving = []
+            result = await self._publisher.publish(version, self._policy, self._engines)
+            self._serving = [e for e in self._engines if e.name in result.committed]
+            return result
+
+
+class ExpectedTokens:
+    """How many tokens a response and its prompt will take: as many as the last response to that prompt did."""
+
+    def __init__(self, prompts: Mapping[int, int]) -> None:
+        """`prompts`: tokens of each prompt."""
+        self._prompts = prompts
+        self._last: dict[int, int] = {}
+        self._seen, self._total = 0, 0
+
+    def of(self, prompt_id: int) -> int:
+        usual = self._total // self._seen if self._seen else 0
+        return self._prompts.get(prompt_id, 0) + self._last.get(prompt_id, usual)
+
+    def learn(self, infos: Sequence[RolloutInfo]) -> None:
+        for info in infos:
+            self._last[info.prompt_id] = info.response_tokens
+            self._seen, self._total = self._seen + 1, self._total + info.response_tokens

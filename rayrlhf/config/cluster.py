@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section
 
@@ -18,6 +18,11 @@ class RankResources(Section):
     """None: one a rank when `cluster.device` is cuda, else none."""
     threads: PositiveInt = 1
     """Threads of torch's (or the engine's) CPU kernels in a rank."""
+    resources: dict[str, Positive] = Field(default_factory=dict)
+    """Custom resources of Ray's nodes that each rank asks for: `{fast_disk: 0.01}` keeps a role on nodes that were
+    started with `--resources='{"fast_disk": 1}'`."""
+    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """How the ranks lie on the nodes: close together or apart, if possible or (strict) not at all."""
 
 
 class RoleResources(RankResources):

@@ -64,6 +64,16 @@ class ScoreConfig(Section):
     """Scores are held to +-clip, after normalising and before the treatment of truncated responses."""
 
 
+class PacingConfig(Section):
+    """When the responses of a step are drawn."""
+
+    kind: Literal["sync", "overlap"] = "sync"
+    """sync: each step samples from the newest weights. overlap: the next step's responses are drawn while this one is
+    learned from, so a step takes as long as the longer of the two."""
+    max_staleness: NonNegativeInt = 1
+    """overlap: versions that the policy that sampled a response may be older than the one that learns from it."""
+
+
 class PPOConfig(Section):
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], dict[str, Any]] = Field(default_factory=dict)
     """Several runs of this stage one after the other on the same actors, each with some keys of this section changed:
@@ -75,6 +85,7 @@ class PPOConfig(Section):
     """Responses per optimizer step, over all ranks."""
     epochs: PositiveInt = 1
     """Passes over the batch."""
+    pacing: PacingConfig = PacingConfig()
     samples_per_prompt: PositiveInt = 1
     """Responses drawn for each prompt; group estimators compare them with each other."""
     advantage: str = "gae"
@@ -130,6 +141,21 @@ class PPOConfig(Section):
     def _old_logprobs_of_the_engine_are_corrected(self) -> PPOConfig:
         if self.old_logprobs == "rollout" and self.importance_cap is None:
             raise ValueError("old_logprobs rollout needs importance_cap (2.0 is usual): the engine is not the trainer")
+        return self
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self) -> PPOConfig:
+        pacing = self.pacing
+        if pacing.kind == "overlap" and pacing.max_staleness:
+            if self.old_logprobs == "rollout":
+                raise ValueError(
+                    "pacing.kind overlap and old_logprobs rollout contradict each other: clipping is around the policy "
+                    "at the start of the step, which has not sampled the responses; take recompute"
+                )
+            if self.importance_cap is None:
+                raise ValueError(
+                    "pacing.kind overlap needs importance_cap (2.0 is usual): an older policy sampled the responses"
+                )
         return self
 
     @model_validator(mode="after")

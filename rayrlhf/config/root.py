@@ -167,6 +167,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _timing_decides_nothing_that_is_to_be_repeated(self) -> Config:
+        pacing = self.ppo.pacing
+        if self.run.deterministic and pacing.kind == "overlap" and pacing.max_staleness > 1:
+            raise ValueError(
+                f"run.deterministic and ppo.pacing.max_staleness {pacing.max_staleness} contradict each other: which "
+                "version samples a response would depend on timing; take 0 or 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _arms_can_be_run(self) -> Config:
         for name in self.ppo.arms:
             if name in NOT_ARMS or name.startswith("best_of_"):

@@ -1,6 +1,6 @@
 """PPO, one step after another: the page to read first.
 
-              prompts ──► rollout (vLLM)          "generate"   samples with versioned weights
+              prompts ──► rollout (vLLM)          "generate"   samples with versioned weights (see pacing.py)
                              │ handles
         policy, reference, reward, value          "score"      old and reference log-probs, rewards, values
                              │ handles
@@ -17,21 +17,24 @@ The driver holds handles, ids and scalars; tokens go from actor to actor.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.driver.protocols import (
     Checkpoints,
-    ExperienceBatch,
     Learners,
     MetricSink,
+    RolloutBatch,
     RolloutPool,
     ScoredBatch,
     Scorers,
     Weights,
 )
+from rayrlhf.errors import TrainingError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import Publication
 
@@ -41,7 +44,10 @@ PUBLISH_PARTS = ("gather", "transfer", "fingerprint", "load", "probe")
 
 
 class Pacing(Protocol):
-    def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncIterator[ScoredBatch]: ...
+    max_staleness: int
+    """versions that a sample may be older than the policy that learns from it"""
+
+    def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +70,32 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
     clock, step = parts.clock, 0
     await parts.weights.publish(version=0)  # the engines prove that they hold the policy before they sample
     clock.start_step()
-    async for batch in pacing.scored_batches(parts.rollout, parts.scorers):
-        with clock.phase("estimate"):
-            experience = await parts.learners.estimate(batch, kl.coef)
-        with clock.phase("update"):
-            report = await parts.learners.update(experience, step)
-        with clock.phase("publish"):
-            published = await parts.weights.publish(version=step + 1)
-        with clock.phase("save"):
-            await parts.checkpoints.save_if_due(step + 1)
-        step += 1
-        record = {"step": step, **report.metrics, "kl/coef": kl.coef, **_publish_metrics(published)}
-        kl.update(report.kl, report.num_samples)
-        parts.sink.write_samples(step, experience.samples)
-        record |= await parts.gauges()
-        parts.sink.write(record | clock.end_step(_tokens(experience)))
-        clock.start_step()
+    async with aclosing(pacing.scored_batches(parts.rollout, parts.scorers)) as batches:
+        async for batch in batches:
+            staleness = _staleness(batch, pacing.max_staleness)
+            with clock.phase("estimate"):
+                experience = await parts.learners.estimate(batch, kl.coef)
+            with clock.phase("update"):
+                report = await parts.learners.update(experience, step)
+            with clock.phase("publish"):
+                published = await parts.weights.publish(version=step + 1)
+            with clock.phase("save"):
+                await parts.checkpoints.save_if_due(step + 1)
+            step += 1
+            record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
+            kl.update(report.kl, report.num_samples)
+            parts.sink.write_samples(step, experience.samples)
+            record |= await parts.gauges()
+            times = clock.end_step()
+            parts.sink.write(record | times | _throughput(batch.rollouts, times))
+            clock.start_step()
     return step
 
 
 def _publish_metrics(published: Publication) -> dict[str, Any]:
     return {
         "weights/version": published.version,
+        "memory/rollout_gib": published.memory_gib,
         "weights/publish_s": published.seconds,
         **{f"weights/{part}_s": getattr(published, f"{part}_s") for part in PUBLISH_PARTS},
         "weights/gib_per_s": published.nbytes / 2**30 / (published.gather_s + published.transfer_s),
@@ -94,9 +104,29 @@ def _publish_metrics(published: Publication) -> dict[str, Any]:
     }
 
 
-def _tokens(experience: ExperienceBatch) -> dict[str, int]:
-    """What a step generated, and what it trained on."""
+def _staleness(batch: ScoredBatch, limit: int) -> dict[str, float]:
+    """Versions between the policy that sampled a response and the one that learns from it.
+
+    Raises:
+        TrainingError: when a sample is older than the pacing allows.
+    """
+    ages = [batch.version - info.version for info in batch.rollouts.infos]
+    if max(ages) > limit:
+        raise TrainingError(
+            f"a sample is {max(ages)} versions old, {limit} are allowed",
+            "this is a mistake of the pacing, not of the config: please report it",
+        )
+    return {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))}
+
+
+def _throughput(rollouts: RolloutBatch, times: dict[str, float]) -> dict[str, float]:
+    """Tokens per second of sampling and of learning, and how long a step's sampling waited for its longest 2 %."""
+    finished = sorted(info.seconds for info in rollouts.infos)
+    waited = finished[-1] - finished[math.ceil(0.98 * len(finished)) - 1]
+    sampled, update = sum(info.response_tokens for info in rollouts.infos), times["time/update_s"]
     return {
-        "rollout": sum(info.response_tokens for info in experience.infos),
-        "train": sum(info.tokens for info in experience.infos),
+        "throughput/rollout_tokens_per_s": sampled / rollouts.seconds if rollouts.seconds else 0.0,
+        "throughput/train_tokens_per_s": sum(info.tokens for info in rollouts.infos) / update if update else 0.0,
+        "rollout/seconds": rollouts.seconds,
+        "rollout/tail_share": waited / times["time/step_s"],
     }

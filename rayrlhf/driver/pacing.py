@@ -1,16 +1,30 @@
-"""When the next step's responses are drawn. `SyncPacing`: each step samples from the weights the last one left."""
+"""When the next step's responses are drawn.
+
+SyncPacing      generate 0 | learn 0 | publish 1 | generate 1 | learn 1 | ...     each from the newest weights
+
+OverlapPacing   generate 0 | generate 1        | generate 2        | ...          at most max_staleness versions old:
+                           | learn 0 | publish | learn 1 | publish | ...          batch t starts once t - k is published
+
+Frozen models score responses as they are finished. Policy and value score when the step begins that learns from them.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing
+from time import perf_counter
+from typing import Any, TypeVar
 
 from rayrlhf.data.batching import epoch_order
-from rayrlhf.driver.protocols import RolloutPool, ScoredBatch, Scorers
+from rayrlhf.driver.protocols import Handle, RolloutBatch, RolloutPool, ScoredBatch, Scorers
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import SampleRequest
 
-__all__ = ["PromptStream", "SyncPacing", "TextStream", "sample_seed"]
+__all__ = ["OverlapPacing", "PromptStream", "SyncPacing", "TextStream", "sample_seed"]
+
+T = TypeVar("T")
 
 
 class PromptStream:
@@ -60,7 +74,9 @@ class TextStream:
 
 
 class SyncPacing:
-    """Generate, then score, then hand over; nothing runs ahead."""
+    """Generate and score, then hand over; nothing runs ahead."""
+
+    max_staleness = 0
 
     def __init__(self, prompts: PromptStream, batch_size: int, steps: int, clock: StepClock) -> None:
         self._prompts = prompts
@@ -68,13 +84,118 @@ class SyncPacing:
         self._steps = steps
         self._clock = clock
 
-    async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncIterator[ScoredBatch]:
-        for _ in range(self._steps):
+    async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]:
+        async def score(batch: RolloutBatch) -> tuple[Handle, ...]:
+            frozen, learning = await asyncio.gather(scorers.frozen(batch), scorers.learning(batch))
+            return (*frozen, *learning)
+
+        for step in range(self._steps):
+            drawing = _Drawing(score)
             with self._clock.phase("generate"):
-                batch = await rollout.generate(self._prompts.take(self._batch_size))
+                batch = await drawing.sample(rollout, self._prompts.take(self._batch_size))
             with self._clock.phase("score"):
-                scores = await scorers.score(batch)
-            yield ScoredBatch(batch, scores)
+                scores = await drawing.scores()
+            yield ScoredBatch(batch, scores, step)
+
+
+class OverlapPacing:
+    """The next batches are generated while this one is learned from.
+
+    Batch t is admitted when version t - max_staleness is published, and versions only grow: no sample that a step
+    trains on is older than `max_staleness` versions, however long anything takes.
+    """
+
+    def __init__(
+        self, prompts: PromptStream, batch_size: int, steps: int, clock: StepClock, max_staleness: int
+    ) -> None:
+        self._prompts = prompts
+        self._batch_size = batch_size
+        self._steps = steps
+        self._clock = clock
+        self.max_staleness = max_staleness
+
+    async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]:
+        admitted = asyncio.Semaphore(1 + self.max_staleness)
+        ready: asyncio.Queue[tuple[RolloutBatch, tuple[Handle, ...]]] = asyncio.Queue()
+        producer = asyncio.ensure_future(self._produce(rollout, scorers, admitted, ready))
+        try:
+            for step in range(self._steps):
+                if step:
+                    admitted.release()  # the loop asks for more once it has published version `step`
+                with self._clock.phase("generate"):
+                    batch, frozen = await _get(ready, producer)
+                with self._clock.phase("score"):
+                    learning = await scorers.learning(batch)
+                yield ScoredBatch(batch, (*frozen, *learning), step)
+        finally:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+
+    async def _produce(
+        self,
+        rollout: RolloutPool,
+        scorers: Scorers,
+        admitted: asyncio.Semaphore,
+        ready: asyncio.Queue[tuple[RolloutBatch, tuple[Handle, ...]]],
+    ) -> None:
+        for _ in range(self._steps):
+            await admitted.acquire()
+            drawing = _Drawing(scorers.frozen)
+            with self._clock.background("generate"):
+                batch = await drawing.sample(rollout, self._prompts.take(self._batch_size))
+            ready.put_nowait((batch, await drawing.scores()))
+
+
+class _Drawing:
+    """One batch: responses as they are finished, scored together whenever the scorers are free."""
+
+    def __init__(self, score: Callable[[RolloutBatch], Coroutine[Any, Any, tuple[Handle, ...]]]) -> None:
+        self._score = score
+        self._waiting: list[RolloutBatch] = []
+        self._scoring: asyncio.Task[tuple[Handle, ...]] | None = None
+        self._scores: list[Handle] = []
+
+    async def sample(self, rollout: RolloutPool, requests: Sequence[SampleRequest]) -> RolloutBatch:
+        """Raises what sampling or scoring raised."""
+        start, parts = perf_counter(), list[RolloutBatch]()
+        try:
+            async with aclosing(rollout.generate(requests)) as arriving:
+                async for part in arriving:
+                    parts.append(part)
+                    self._waiting.append(part)
+                    if self._scoring is None or self._scoring.done():
+                        self._next()
+        except BaseException:
+            if self._scoring is not None:
+                self._scoring.cancel()
+                await asyncio.gather(self._scoring, return_exceptions=True)
+            raise
+        return RolloutBatch.joined(parts, perf_counter() - start)
+
+    async def scores(self) -> tuple[Handle, ...]:
+        """Of all of them; those that are not scored yet come last."""
+        while self._scoring is not None:
+            await asyncio.wait([self._scoring])
+            self._next()
+        return tuple(self._scores)
+
+    def _next(self) -> None:
+        """Take in what is scored, and let what waits be scored."""
+        if self._scoring is not None:
+            self._scores.extend(self._scoring.result())
+        waiting, self._waiting = self._waiting, []
+        self._scoring = asyncio.ensure_future(self._score(RolloutBatch.joined(waiting))) if waiting else None
+
+
+async def _get(queue: asyncio.Queue[T], producer: asyncio.Future[None]) -> T:
+    """The queue's next, or the error that ended its producer."""
+    getting = asyncio.ensure_future(queue.get())
+    waiting: list[asyncio.Future[Any]] = [getting, producer]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    if not getting.done():
+        getting.cancel()
+        producer.result()
+    return await getting
 
 
 def sample_seed(*parts: int | str) -> int:

@@ -6,7 +6,7 @@ inside: it works with ids and scalars only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,12 +35,21 @@ class RolloutBatch:
 
     infos: tuple[RolloutInfo, ...]
     handles: tuple[Handle, ...]
+    seconds: float = 0.0
+    """from the first request to the last response"""
+
+    @classmethod
+    def joined(cls, parts: Sequence[RolloutBatch], seconds: float = 0.0) -> RolloutBatch:
+        infos = tuple(info for part in parts for info in part.infos)
+        return cls(infos, tuple(handle for part in parts for handle in part.handles), seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
     rollouts: RolloutBatch
     scores: tuple[Handle, ...]
+    version: int
+    """of the policy that learns from it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +62,18 @@ class ExperienceBatch:
 
 
 class RolloutPool(Protocol):
-    async def generate(self, requests: Sequence[SampleRequest]) -> RolloutBatch: ...
+    def generate(self, requests: Sequence[SampleRequest]) -> AsyncGenerator[RolloutBatch]:
+        """The responses, some at a time as they are finished. A publish waits for the last of them."""
+        ...
 
 
 class Scorers(Protocol):
-    async def score(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        """Old and reference log-probs, values and rewards of every response."""
+    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+        """Reference log-probs and rewards: the same whenever they are asked for."""
+        ...
+
+    async def learning(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+        """Old log-probs and values: of the models as they are now."""
         ...
 
 

@@ -80,12 +80,20 @@ class _Batch:
 
 
 def estimate(
-    rollouts: Sequence[Rollout], scores: Scores, settings: EstimateSettings, kl_coef: float, device: torch.device
+    rollouts: Sequence[Rollout],
+    scores: Scores,
+    settings: EstimateSettings,
+    kl_coef: float,
+    device: torch.device,
+    version: int = 0,
 ) -> tuple[list[Experience], dict[str, float]]:
     """Rewards, advantages and returns for this rank's rollouts.
 
     reward_t = -kl_coef * KL_t, plus the score at the last response token (Ouyang et al. 2022, eq. 2); advantages by
     the estimator of the settings, those of GAE whitened over the trained tokens of all ranks.
+
+    Args:
+        version: of the policy that scored them; engine and trainer must agree on what that version sampled.
 
     Returns:
         Experiences in the order of `rollouts`, and metrics averaged over all ranks.
@@ -101,7 +109,9 @@ def estimate(
     rewards_BR = token_rewards(shaped_B, kl_BR, batch.trained_BR, kl_coef)
     advantages_BR, returns_BR = _advantages(batch, rewards_BR, settings)
     weights_BR, weight_metrics = _importance_weights(batch, settings)
-    metrics = _metrics(batch, kl_BR, shaped_B, settings) | weight_metrics
+    metrics = _metrics(batch, kl_BR, shaped_B) | weight_metrics
+    if not settings.old_from_rollout:
+        metrics |= _gap(batch, version, settings.gap)
     if returns_BR is not None and batch.values_BR is not None:
         residual_BR = returns_BR - batch.values_BR
         metrics["value/explained_variance"] = _explained_variance(residual_BR, returns_BR, batch.trained_BR)
@@ -215,7 +225,7 @@ def _check_finite(batch: _Batch) -> None:
         raise TrainingError(bad or "a number on another rank is not finite", "see the logs of the role it comes from")
 
 
-def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor, settings: EstimateSettings) -> dict[str, float]:
+def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor) -> dict[str, float]:
     responses, tokens = float(len(batch.rollouts)), float(batch.mask_BR.sum())
     scores, mask_BR, device = batch.scores_B.double(), batch.mask_BR, batch.scores_B.device
     rewarded_B = batch.trained_BR.any(1)  # a masked response's score enters no reward
@@ -231,15 +241,25 @@ def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor, settings: EstimateS
         "response/length_mean": (tokens, responses),
         "response/truncated_fraction": (float(batch.truncated_B.sum()), responses),
     }
-    gap = (batch.logprobs_BR - batch.engine_BR)[mask_BR].double().abs()
-    if not settings.old_from_rollout:
-        sums["rollout/logprob_gap"] = (float(gap.sum()), tokens)
     metrics = reduce_means(sums, device)
     metrics["reward/std"] = max(0.0, metrics.pop("reward/square") - metrics["reward/mean"] ** 2) ** 0.5
-    if not settings.old_from_rollout:
-        metrics["rollout/logprob_gap_max"] = all_reduce_max(float(gap.max()) if len(gap) else 0.0, device)
-        check_gap(metrics["rollout/logprob_gap_max"], metrics["rollout/logprob_gap"], settings.gap)
     return metrics
+
+
+def _gap(batch: _Batch, version: int, limits: GapLimits) -> dict[str, float]:
+    """Between engine and trainer, over the tokens that this version sampled; NaN, and unchecked, where there are none.
+
+    What an older version sampled differs by what was learned since: the importance weights show that.
+    """
+    rows = [r.versions == version for r in batch.rollouts]
+    fresh_BR = torch.from_numpy(pad_rows(rows, False, np.bool_)).to(batch.mask_BR.device) & batch.mask_BR
+    gap = (batch.logprobs_BR - batch.engine_BR)[fresh_BR].double().abs()
+    mean = reduce_means({"gap": (float(gap.sum()), float(len(gap)))}, gap.device)["gap"]
+    largest = all_reduce_max(float(gap.max()) if len(gap) else -1.0, gap.device)
+    if largest < 0:
+        return {"rollout/logprob_gap": math.nan, "rollout/logprob_gap_max": math.nan}
+    check_gap(largest, mean, limits)
+    return {"rollout/logprob_gap": mean, "rollout/logprob_gap_max": largest}
 
 
 def check_gap(largest: float, mean: float, limits: GapLimits) -> None:

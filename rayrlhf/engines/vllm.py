@@ -7,7 +7,7 @@ and the version that sampled them. It serves only a committed version.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -38,6 +38,7 @@ class EngineSettings:
     gpu_memory_utilization: float
     max_sequences: int
     transport: str
+    run: str
     eos: int
     trust_remote_code: bool
     deterministic: bool
@@ -91,30 +92,50 @@ class RolloutEngine:
         """The committed version; None while a publish is under way or after one failed."""
         return self._version
 
-    def generate(self, requests: Sequence[SampleRequest], temperature: float | None = None) -> list[Rollout]:
+    def generate(
+        self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None = None
+    ) -> Iterator[list[Rollout]]:
         """Sample one response per request, at the engine's own temperature unless another is given.
+
+        Args:
+            at_once: hand over this many finished responses at a time, the last ones fewer.
 
         Raises:
             WeightSyncError: when no verified weights are loaded.
         """
         if self._version is None:
             raise WeightSyncError("this engine holds no verified weights", "publish to it before sampling")
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import TokensPrompt
 
+        start, engine = perf_counter(), self._llm.llm_engine
         prompts = [TokensPrompt(prompt_token_ids=self._prompts[r.prompt_id]) for r in requests]
-        params = [
-            SamplingParams(
-                temperature=self._settings.temperature if temperature is None else temperature,
-                max_tokens=self._settings.max_tokens,
-                stop_token_ids=[self._settings.eos],
-                logprobs=0,
-                seed=r.seed,
-                detokenize=False,
-            )
-            for r in requests
-        ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [self._rollout(r, o) for r, o in zip(requests, outputs, strict=True)]
+        ids = self._llm.enqueue(prompts, [self._sampling(r, temperature) for r in requests], use_tqdm=False)
+        running = {_public(name): request for name, request in zip(ids, requests, strict=True)}
+        finished: list[Rollout] = []
+        try:
+            while running:
+                for output in engine.step():
+                    if output.finished:
+                        request = running.pop(output.request_id)
+                        finished.append(self._rollout(request, output, perf_counter() - start))
+                while len(finished) >= at_once or (finished and not running):
+                    yield finished[:at_once]
+                    finished = finished[at_once:]
+        finally:
+            if running:  # whoever asked does not want the rest
+                engine.abort_request(ids, internal=True)
+
+    def _sampling(self, request: SampleRequest, temperature: float | None) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self._settings.temperature if temperature is None else temperature,
+            max_tokens=self._settings.max_tokens,
+            stop_token_ids=[self._settings.eos],
+            logprobs=0,
+            seed=request.seed,
+            detokenize=False,
+        )
 
     def begin_update(self, version: int) -> None:
         """From here on nothing is sampled until `commit`."""
@@ -177,7 +198,8 @@ class RolloutEngine:
     def _rpc(self, method: str, argument: dict[str, Any] | None = None) -> None:
         self._llm.collective_rpc(method, args=() if argument is None else (argument,))
 
-    def _rollout(self, request: SampleRequest, output: Any) -> Rollout:
+    def _rollout(self, request: SampleRequest, output: Any, seconds: float) -> Rollout:
+        assert self._version is not None
         completion = output.outputs[0]
         prompt = self._prompts[request.prompt_id]
         response = list(completion.token_ids)
@@ -188,6 +210,8 @@ class RolloutEngine:
             tokens=len(prompt) + len(response),
             response_tokens=len(response),
             truncated=response[-1] != self._settings.eos,
+            version=self._version,
+            seconds=seconds,
         )
         return Rollout(
             info=info,
@@ -195,6 +219,11 @@ class RolloutEngine:
             logprobs=np.asarray(logprobs, dtype=np.float32),
             versions=np.full(len(response), self._version, dtype=np.int32),
         )
+
+
+def _public(internal: str) -> str:
+    """vLLM numbers requests, and marks each number to make it unique; what it reports has the number alone."""
+    return internal.rpartition("-")[0]
 
 
 def _set_environment(settings: EngineSettings) -> None:

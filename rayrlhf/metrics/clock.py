@@ -1,9 +1,9 @@
-"""Seconds per phase of each step, tokens per second, and a Chrome trace of them (chrome://tracing, Perfetto)."""
+"""Seconds per phase of each step, and a Chrome trace of them (chrome://tracing, Perfetto)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -41,16 +41,22 @@ class StepClock:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
             self._event(name, start, seconds, tid=1)
 
-    def end_step(self, tokens: Mapping[str, int]) -> dict[str, float]:
-        """time/*_s of the step, and throughput: rollout tokens per generate second, train tokens per update second."""
+    @contextmanager
+    def background(self, name: str) -> Iterator[None]:
+        """What runs beside the step's phases: in the trace, and in no step's sum."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._event(name, start, perf_counter() - start, tid=2)
+
+    def end_step(self) -> dict[str, float]:
+        """time/*_s of the step."""
         total = perf_counter() - self._step_start
         self._event("step", self._step_start, total, tid=0)
         times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         times["time/other_s"] = total - sum(self._seconds.values())
         times["time/step_s"] = total
-        for name, phase in (("rollout", "generate"), ("train", "update")):
-            seconds = self._seconds[phase]
-            times[f"throughput/{name}_tokens_per_s"] = tokens[name] / seconds if seconds else 0.0
         return times
 
     def close(self) -> None:

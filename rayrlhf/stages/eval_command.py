@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ def evaluate(subjects: Sequence[str], overrides: Sequence[str], output: Path | N
     Raises:
         ConfigError: nothing to evaluate, or the run has no SFT model to compare with.
     """
+    for subject in subjects:
+        _check_spelling(Path(subject))
     run = Path(subjects[0]) if subjects and (Path(subjects[0]) / "config.yaml").is_file() else None
     others = subjects[1 if run else 0 :]
     if run is not None:
@@ -53,6 +56,14 @@ def evaluate(subjects: Sequence[str], overrides: Sequence[str], output: Path | N
     models |= _named([absolute(path) for path in others if path not in runs], models)
     folder = (output or (run / "eval" if run else config.run.output / "eval")).resolve()
     return _evaluate(with_world(config), models, reward, folder, console)
+
+
+def _check_spelling(path: Path) -> None:
+    """Raise ConfigError for a path that is not there but whose folder is: no hub has a model of such a name."""
+    if not path.exists() and path.parent != Path(".") and path.parent.is_dir():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else f"look into {path.parent}"
+        raise ConfigError(f"eval: {path}: no such folder", hint)
 
 
 def _of_run(run: Path) -> tuple[dict[str, str], str | None]:

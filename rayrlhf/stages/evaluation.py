@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from rayrlhf.actors.roles import ScorerRoles
+from rayrlhf.actors.roles import score_with
 from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import sample_seed
@@ -174,9 +174,9 @@ class _Evaluation:
             arm.heldout_rewards = (await self._score(arm.batches, ("reward",))).rewards
 
     async def _score(self, batches: Sequence[RolloutBatch], roles: Sequence[str]) -> Scores:
-        scorers, scores = ScorerRoles([self.roles.groups[role] for role in roles]), Scores()
+        groups, scores = [self.roles.groups[role] for role in roles], Scores()
         for batch in batches:
-            for handle in await scorers.score(batch):
+            for handle in await score_with(groups, batch):
                 scores.merge(await handle)
         return scores
 

@@ -9,25 +9,27 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import Judge
 from rayrlhf.actors.placement import plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
-from rayrlhf.driver.pacing import PromptStream, SyncPacing, TextStream
+from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing, TextStream
 from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
-from rayrlhf.stages.roles import MODEL_ROLES, RoleSet, first_ratio
+from rayrlhf.stages.roles import RoleSet, first_ratio
 from rayrlhf.stages.saving import PolicySaver
 from rayrlhf.stages.verification import VerifiedLearners
 
@@ -155,17 +157,17 @@ class _Arm:
         sink = _StageSink(self.context, self.progress, self.name, ppo.steps, self.folder)
         parts = Parts(
             rollout=pool,
-            scorers=ScorerRoles([groups[role] for role in self._scoring_roles()]),
+            scorers=ScorerRoles(*self._scoring_groups()),
             learners=self._verified(learners) if self.context.verify_step else learners,
             weights=pool,
             checkpoints=self._saver(),
             sink=sink,
             clock=self.clock,
-            gauges=self.roles.memory,
+            gauges=partial(self.roles.memory, without="rollout"),  # which says it with each publish
         )
         kl = AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(ppo.kl.coef)
         try:
-            await run_ppo(parts, SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock), kl)
+            await run_ppo(parts, self._pacing(stream), kl)
         finally:
             sink.close()
 
@@ -173,10 +175,17 @@ class _Arm:
         stage, blocks = self.stage, self.stage.text_blocks() if self.config.ppo.ptx.coef else None
         return VerifiedLearners(self.context, stage.parents, self.roles.groups, learners, blocks, self.progress.phase)
 
-    def _scoring_roles(self) -> list[str]:
-        """All models there are, but the policy where the engine's log-probs stand for its own."""
-        without = "policy" if self.config.ppo.old_logprobs == "rollout" else ""
-        return [role for role in MODEL_ROLES if role in self.roles.groups and role != without]
+    def _pacing(self, stream: PromptStream) -> SyncPacing | OverlapPacing:
+        ppo = self.config.ppo
+        if ppo.pacing.kind == "sync":
+            return SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock)
+        return OverlapPacing(stream, ppo.batch_size, ppo.steps, self.clock, ppo.pacing.max_staleness)
+
+    def _scoring_groups(self) -> tuple[list[ActorGroup], list[ActorGroup]]:
+        """The frozen roles and those that learn; not the policy where the engine's log-probs stand for its own."""
+        groups = self.roles.groups
+        learning = ("value",) if self.config.ppo.old_logprobs == "rollout" else ("policy", "value")
+        return [groups[r] for r in ("reference", "reward")], [groups[r] for r in learning if r in groups]
 
     def _step_plan(self) -> StepPlan:
         config, ppo = self.config, self.config.ppo

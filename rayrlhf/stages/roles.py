@@ -100,7 +100,8 @@ class RoleSet:
         config = self._config
         rows = probe_rows(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
         publisher = WeightPublisher(rows, config.model.dtype, config.weights.probe_tolerance)
-        return EnginePool(self.groups["rollout"], self.groups["policy"], publisher)
+        engines, policy, fixed = self.groups["rollout"], self.groups["policy"], config.run.deterministic
+        return EnginePool(engines, policy, publisher, self._prompts, fixed)
 
     async def hold_text(self, blocks: np.ndarray) -> None:
         await self.groups["policy"].call("hold_text", ray.put(blocks))
@@ -110,9 +111,9 @@ class RoleSet:
         timeout = config.cluster.start_timeout_s
         await self.groups[role].call("reload", self.settings(role, config, model), timeout_s=timeout)
 
-    async def memory(self) -> dict[str, float]:
-        """GiB of the largest rank, by role, and the driver's."""
-        memory = await memory_per_role(list(self.groups.values()))
+    async def memory(self, without: str = "") -> dict[str, float]:
+        """GiB of the largest rank, by role, and the driver's; a role that is busy would be waited for."""
+        memory = await memory_per_role([group for role, group in self.groups.items() if role != without])
         return memory | {"memory/driver_gib": psutil.Process().memory_info().rss / 2**30}
 
     def keep_for(self, stage: StageName) -> None:
@@ -186,6 +187,7 @@ class RoleSet:
             gpu_memory_utilization=config.rollout.gpu_memory_utilization,
             max_sequences=config.rollout.max_sequences,
             transport=config.weights.transport,
+            run=config.run.name,
             eos=self._context.data.tokenizer.eos_token_id,
             trust_remote_code=config.model.trust_remote_code,
             deterministic=config.run.deterministic,

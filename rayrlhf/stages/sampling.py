@@ -35,7 +35,7 @@ async def sample(
     """A response for each request, batch by batch; `on_progress` hears how many of them there are so far."""
     batches = []
     for start in range(0, len(requests), CHUNK):
-        batches.append(await pool.generate(requests[start : start + CHUNK], temperature))
+        batches += [batch async for batch in pool.generate(requests[start : start + CHUNK], temperature)]
         on_progress(min(start + CHUNK, len(requests)), len(requests))
     return batches
 

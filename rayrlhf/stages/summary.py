@@ -112,7 +112,9 @@ def _arms_table(evaluation: Mapping[str, Any]) -> Table:
     flags: Mapping[str, Mapping[str, float]] = evaluation.get("flags", {})
     for flag in dict.fromkeys(flag for held in flags.values() for flag in held):
         cells = [flags.get(arm, {}).get(flag) for arm in arms]
-        table.add_row("all flags hold" if flag == "all" else f"flag: {flag}", *(_with_interval(cell) for cell in cells))
+        table.add_row(
+            "flawless (all flags)" if flag == "all" else f"flag: {flag}", *(_with_interval(cell) for cell in cells)
+        )
     return table
 
 
@@ -165,7 +167,7 @@ def _describe(stage: str, result: Mapping[str, Any]) -> str:
 
 def _accuracy_table(name: str, accuracy: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title=f"{name} on held-out pairs", title_justify="left")
-    table.add_column("source")
+    table.add_column("source", no_wrap=True, min_width=10)
     for column in ("pairs", "of", "accuracy", "longer wins", "ECE", "length bias", "labels' own"):
         table.add_column(column, justify="right")
     for source, row in accuracy.items():
@@ -177,7 +179,7 @@ def _accuracy_table(name: str, accuracy: Mapping[str, Mapping[str, Any]]) -> Tab
 
 def _accuracy_by_k_table(name: str, accuracy: Mapping[str, Mapping[str, Any]], sizes: Sequence[str]) -> Table:
     table = Table(title=f"{name}: accuracy by how many responses were ranked at once (pairs)", title_justify="left")
-    table.add_column("source")
+    table.add_column("source", no_wrap=True, min_width=10)
     for k in sizes:
         table.add_column(f"K = {k}", justify="right")
     for source, row in accuracy.items():

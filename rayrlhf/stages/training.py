@@ -153,7 +153,10 @@ def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[A
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=placement.ranks, use_gpu=gpu, resources_per_worker=placement.bundles()[0]
+            num_workers=placement.ranks,
+            use_gpu=gpu,
+            resources_per_worker=placement.bundles()[0],
+            placement_strategy=placement.strategy.upper(),
         ),
         run_config=RunConfig(
             name="ray_train",

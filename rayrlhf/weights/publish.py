@@ -59,6 +59,8 @@ class EngineReceipt:
     load_s: float = 0.0
     """into the engine's own layout"""
     probe_s: float = 0.0
+    memory_gib: float = 0.0
+    """that the engine holds afterwards"""
 
 
 class PublishSource(Protocol):
@@ -98,6 +100,8 @@ class Publication:
     """into the engine's own layout"""
     probe_s: float = 0.0
     """on the engine's side; the policy's runs beside the load"""
+    memory_gib: float = 0.0
+    """of the largest engine"""
     fingerprints: tuple[str, ...] = ()
     committed: list[str] = field(default_factory=list)
     quarantined: dict[str, str] = field(default_factory=dict)
@@ -111,7 +115,7 @@ class Publication:
         self.fingerprints += (bucket.fingerprint,)
 
     def received(self, receipts: Sequence[EngineReceipt]) -> None:
-        for name in ("transfer_s", "load_s", "probe_s", "fingerprint_s"):
+        for name in ("transfer_s", "load_s", "probe_s", "fingerprint_s", "memory_gib"):
             slowest = max((getattr(r, name) for r in receipts), default=0.0)
             setattr(self, name, getattr(self, name) + slowest)
 

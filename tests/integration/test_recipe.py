@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from rayrlhf.driver.loop import PUBLISH_PARTS
 from tests.integration.conftest import ROOT, FinishedRun, rayrlhf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
@@ -20,10 +20,10 @@ MEASURED = (
     "time/",
     "throughput/",
     "memory/",
-    "weights/publish_s",
-    "weights/transfer_s",
-    "weights/probe_s",
+    *(f"weights/{part}_s" for part in ("publish", *PUBLISH_PARTS)),
     "weights/gib",
+    "rollout/seconds",
+    "rollout/tail_share",
 )
 
 
@@ -46,7 +46,10 @@ def explained() -> set[str]:
 
 @pytest.fixture(scope="module")
 def everything(finished: FinishedRun) -> list[Path]:
-    """PPO-ptx, twice: two ZeRO-3 ranks, two engines, text, an average of the weights, the critic warmed up."""
+    """PPO-ptx, twice: two ZeRO-3 ranks, two engines, text, an average of the weights, the critic warmed up.
+
+    The second time steps may overlap, by nothing: that too must give the same numbers.
+    """
     overrides = [
         "run.deterministic=true",
         "cluster.policy.ranks=2",
@@ -59,11 +62,8 @@ def everything(finished: FinishedRun) -> list[Path]:
         "ppo.ptx.examples_per_episode=0.5",
         "ppo.ptx.norms_every=2",
     ]
-    first = ppo(finished, "first", *overrides)
-    # Else the second would find the stage done.
-    key = json.loads((first / "summary.json").read_text())["stages"]["ppo"]["key"]
-    shutil.rmtree(finished.output / "artifacts" / f"ppo-{key}")
-    return [first, ppo(finished, "second", *overrides)]
+    overlap = ["ppo.pacing.kind=overlap", "ppo.pacing.max_staleness=0"]
+    return [ppo(finished, "first", *overrides), ppo(finished, "second", *overrides, *overlap)]
 
 
 def test_two_deterministic_runs_give_the_same_numbers_bit_by_bit(everything: list[Path]) -> None:
@@ -135,3 +135,18 @@ def test_group_estimators_start_no_value_model_and_the_engines_logprobs_save_a_p
     assert not (folder / "logs" / "value-0.log").exists()
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [s["prompt_id"] for s in samples[:4]] == [samples[0]["prompt_id"]] * 4, "four responses to one prompt"
+
+
+def test_overlapping_steps_learn_from_samples_one_version_old_with_importance_weights(finished: FinishedRun) -> None:
+    folder = ppo(finished, "overlap", "ppo.pacing.kind=overlap", "ppo.importance_cap=2.0", "rollout.engines=2")
+    first, second, third = steps(folder)
+    assert [step["rollout/staleness_max"] for step in (first, second, third)] == [0, 1, 1]
+    assert [step["rollout/staleness_mean"] for step in (first, second, third)] == [0, 1, 1]
+    assert first["rollout/logprob_gap_max"] < 1e-4
+    assert first["rollout/importance_weight"] == pytest.approx(1.0, abs=1e-4)
+    # What the engine sampled with the version before is not the trainer's: nothing to compare, something to weigh.
+    for step in (second, third):
+        assert step["rollout/logprob_gap"] is None
+        assert 0.9 < step["rollout/importance_weight"] < 1.1
+        assert step["rollout/importance_weight"] != pytest.approx(1.0, abs=1e-6)
+    assert [step["weights/version"] for step in (first, second, third)] == [1, 2, 3]

@@ -127,6 +127,7 @@ class Pair:
             gpu_memory_utilization=0.5,
             max_sequences=256,
             transport="shared_memory",
+            run="test",
             eos=EOS,
             trust_remote_code=False,
             deterministic=False,

@@ -44,15 +44,31 @@ def read_folder(path: Path) -> RunFolder:
     """
     _check(path)
     notes: list[str] = []
+    summary = _object(path / "summary.json", notes)
+    if not (path / "summary.json").is_file():
+        notes.append("summary.json is missing: the run is still going, or was killed.")
     return RunFolder(
         path=path,
         config=_config(path / "config.yaml", notes),
-        summary=_summary(path / "summary.json", notes),
+        summary=summary,
         metrics=_lines(path / "metrics.jsonl", notes),
         samples=_lines(path / "samples.jsonl", notes),
-        answers=_lines(path / "answers.jsonl", notes),
+        answers=_lines(_evaluated(path, summary, notes) / "answers.jsonl", notes),
         notes=notes,
     )
+
+
+def _evaluated(path: Path, summary: dict[str, Any], notes: list[str]) -> Path:
+    """Where the answers are: in the run, or in the eval/ that `rayrlhf eval` left in a run without a stage of its own.
+
+    The evaluation found there becomes the summary's.
+    """
+    later = path / "eval"
+    if summary.get("evaluation") or not (later / "evaluation.json").is_file():
+        return path
+    summary["evaluation"] = _object(later / "evaluation.json", notes)
+    notes.append("The evaluation is that of a later `rayrlhf eval`, in eval/.")
+    return later
 
 
 def _check(path: Path) -> None:
@@ -99,18 +115,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _summary(path: Path, notes: list[str]) -> dict[str, Any]:
+def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
-        notes.append("summary.json is missing: the run is still going, or was killed.")
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError:
-        summary = None
-    if not isinstance(summary, dict):
-        notes.append("summary.json is broken and is left out.")
+        found = None
+    if not isinstance(found, dict):
+        notes.append(f"{path.name} is broken and is left out.")
         return {}
-    return summary
+    return found
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:

@@ -172,18 +172,19 @@ def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_
     results = [(["x0"], {"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"]), (["x1"], {"kl/mean": 0.5}, [])]
     policy = Group("policy", 2, {"estimate": results})
     batch = infos(7)
-    scored = ScoredBatch(RolloutBatch(batch, ("r0", "r1")), ("s0", "s1", "s2"))
+    scored = ScoredBatch(RolloutBatch(batch, ("r0", "r1")), ("s0", "s1", "s2"), 5)
     got = asyncio.run(roles(policy, Group("value", 1)).estimate(scored, 0.3))
     ((method, shared, each),) = policy.calls
-    assert (method, shared) == ("estimate", (0.3, 2, "r0", "r1", "s0", "s1", "s2"))
+    assert (method, shared) == ("estimate", (0.3, 5, 2, "r0", "r1", "s0", "s1", "s2"))
     assert sorted(i for (ids,) in each for i in ids) == [1000 + i for i in range(7)]
     assert got == ExperienceBatch(batch, ("x0", "x1"), {"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"])
 
 
 def test_every_role_scores_every_sample_once():
     groups = [Group("a", 2, {"score": [["a0"], ["a1"]]}), Group("b", 1, {"score": [["b0"]]})]
-    handles = asyncio.run(ScorerRoles(groups).score(RolloutBatch(infos(9), ("r0", "r1"))))
-    assert handles == ("a0", "a1", "b0")
+    scorers, batch = ScorerRoles(groups[:1], groups[1:]), RolloutBatch(infos(9), ("r0", "r1"))
+    assert asyncio.run(scorers.frozen(batch)) == ("a0", "a1")
+    assert asyncio.run(scorers.learning(batch)) == ("b0",)
     for group in groups:
         ((method, shared, each),) = group.calls
         assert (method, shared) == ("score", ("r0", "r1"))
@@ -219,7 +220,7 @@ def test_the_responses_to_one_prompt_are_dealt_to_one_rank(prompts, together, ra
 def test_estimation_is_dealt_by_prompt_and_scoring_and_learning_are_not():
     policy = Group("policy", 2, {"estimate": [(["x0"], {}, []), (["x1"], {}, [])]})
     made = tuple(RolloutInfo(i, i // 4, 10, 5, False) for i in range(8))
-    scored = ScoredBatch(RolloutBatch(made, ("r0",)), ("s0",))
+    scored = ScoredBatch(RolloutBatch(made, ("r0",)), ("s0",), 0)
     asyncio.run(LearnerRoles(policy, None, plan(samples_per_prompt=4)).estimate(scored, 0.0))
     assert [ids for (ids,) in policy.calls[0][2]] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 

@@ -647,7 +647,7 @@ def test_a_run_that_cannot_be_evaluated_says_why(
 @pytest.mark.parametrize(
     ("others", "settings", "message"),
     [
-        (["nowhere"], [], "eval: models/nowhere"),
+        (["nowhere"], [], "models/nowhere: no such folder"),
         (["reworded"], [], "its vocabulary (270 tokens) does not fit the policy's (320)"),
         (["wide"], [], "hidden_size is 64, and 32 in models/policy: the engines hold one shape"),
         ([], ["eval.reward_model={}/nowhere"], "eval.reward_model: "),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class World:
         self.clock = StepClock(Path(os.devnull), self.phases.append if keep_log else lambda name: None)
         self._fail, self._fail_at, self._counts = fail, fail_at, dict[str, int]()
         self._keep_log = keep_log
+        self._version = 0
 
     def _called(self, name: str, *details: Any) -> int:
         count = self._counts.get(name, 0)
@@ -52,16 +53,20 @@ class World:
             gauges=self.gauges,
         )
 
-    async def generate(self, requests: Sequence[SampleRequest]) -> RolloutBatch:
+    async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[RolloutBatch]:
         count = self._called("generate", len(requests))
         if self._keep_log:
             self.asked.append(list(requests))
-        infos = tuple(RolloutInfo(r.sample_id, r.prompt_id, 10, 4, False) for r in requests)
-        return RolloutBatch(infos, (f"rollouts {count}",))
+        infos = tuple(RolloutInfo(r.sample_id, r.prompt_id, 10, 4, False, self._version) for r in requests)
+        yield RolloutBatch(infos, (f"rollouts {count}",))
 
-    async def score(self, batch: RolloutBatch) -> tuple[Any, ...]:
-        count = self._called("score", *batch.handles)
-        return (f"scores {count}",)
+    async def frozen(self, batch: RolloutBatch) -> tuple[Any, ...]:
+        count = self._called("frozen", *batch.handles)
+        return (f"frozen {count}",)
+
+    async def learning(self, batch: RolloutBatch) -> tuple[Any, ...]:
+        count = self._called("learning", *batch.handles)
+        return (f"learning {count}",)
 
     async def estimate(self, batch: ScoredBatch, kl_coef: float) -> ExperienceBatch:
         count = self._called("estimate", *batch.rollouts.handles, *batch.scores, kl_coef)
@@ -75,7 +80,9 @@ class World:
 
     async def publish(self, version: int) -> Publication:
         self._called("publish", version)
-        return Publication(version, buckets=2, seconds=0.5, transfer_s=0.25, probe_s=0.125, nbytes=2**29)
+        self._version = version
+        parts = {"gather_s": 0.05, "transfer_s": 0.2, "fingerprint_s": 0.1, "load_s": 0.3, "probe_s": 0.125}
+        return Publication(version, buckets=2, seconds=0.5, nbytes=2**29, memory_gib=2.5, **parts)
 
     async def save_if_due(self, step: int) -> None:
         self._called("save_if_due", step)

@@ -3,13 +3,17 @@
 import asyncio
 import gc
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from driver_fakes import KL, World
 
 from rayrlhf.algorithms.kl import AdaptiveKL
-from rayrlhf.driver.loop import run_ppo
+from rayrlhf.driver.loop import _throughput, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
+from rayrlhf.driver.protocols import RolloutBatch
+from rayrlhf.errors import TrainingError
+from rayrlhf.types import RolloutInfo
 
 BATCH = 3
 
@@ -28,7 +32,8 @@ def test_each_step_calls_every_part_in_order():
     assert drive(world, steps=2) == 2
     step = [
         "generate",
-        "score",
+        "frozen",
+        "learning",
         "estimate",
         "update",
         "publish",
@@ -52,8 +57,11 @@ def test_version_0_is_published_before_the_first_sample_and_versions_rise_by_one
 def test_handles_travel_from_part_to_part_unopened():
     world = World()
     drive(world, steps=2)
-    assert named(world, "score") == [("rollouts 0",), ("rollouts 1",)]
-    assert [call[:2] for call in named(world, "estimate")] == [("rollouts 0", "scores 0"), ("rollouts 1", "scores 1")]
+    assert named(world, "frozen") == named(world, "learning") == [("rollouts 0",), ("rollouts 1",)]
+    assert [call[:3] for call in named(world, "estimate")] == [
+        ("rollouts 0", "frozen 0", "learning 0"),
+        ("rollouts 1", "frozen 1", "learning 1"),
+    ]
     assert named(world, "update") == [("experience 0", 0), ("experience 1", 1)]
 
 
@@ -102,6 +110,10 @@ def test_a_record_holds_the_metrics_of_the_design():
         "value/loss",
         "value/explained_variance",
         "memory/policy_gib",
+        "memory/rollout_gib",
+        "rollout/staleness_mean",
+        "rollout/staleness_max",
+        "rollout/tail_share",
         "throughput/rollout_tokens_per_s",
         "throughput/train_tokens_per_s",
         "weights/version",
@@ -109,7 +121,7 @@ def test_a_record_holds_the_metrics_of_the_design():
         "weights/gib_per_s",
         *(f"time/{phase}_s" for phase in phases),
     }
-    # 2**29 bytes in 0.25 s
+    # 2**29 bytes in 0.05 s on the policy's side and 0.2 s on the engine's
     assert record["weights/gib_per_s"] == pytest.approx(2.0)
     assert record["weights/publish_s"] == 0.5
     assert record["weights/quarantined"] == 0
@@ -120,19 +132,56 @@ def test_throughput_counts_response_tokens_sampled_and_all_tokens_trained():
     drive(world, steps=1)
     (record,) = world.records
     # every fake response: 4 tokens of a sequence of 10
-    assert record["throughput/rollout_tokens_per_s"] * record["time/generate_s"] == pytest.approx(4 * BATCH)
+    assert record["throughput/rollout_tokens_per_s"] * record["rollout/seconds"] == pytest.approx(4 * BATCH)
+    assert record["rollout/seconds"] <= record["time/generate_s"]
     assert record["throughput/train_tokens_per_s"] * record["time/update_s"] == pytest.approx(10 * BATCH)
 
 
 @pytest.mark.parametrize(
-    "phase", ["generate", "score", "estimate", "update", "publish", "save_if_due", "gauges", "write", "write_samples"]
+    "phase",
+    [
+        "generate",
+        "frozen",
+        "learning",
+        "estimate",
+        "update",
+        "publish",
+        "save_if_due",
+        "gauges",
+        "write",
+        "write_samples",
+    ],
 )
 @pytest.mark.parametrize("fail_at", [0, 1])
 def test_an_error_in_any_part_ends_the_run_at_once(phase, fail_at):
     world = World(fail=phase, fail_at=fail_at)
     with pytest.raises(RuntimeError, match=f"{phase} broke"):
         drive(world)
-    assert world.log[-1][0] == phase
+    # Frozen and learning models score side by side.
+    assert phase in [event[0] for event in world.log[-2 if phase == "frozen" else -1 :]]
+
+
+def test_the_tail_is_what_a_step_waited_for_its_longest_2_percent():
+    finished = [RolloutInfo(i, i, 10, 4, False, 0, seconds=float(i)) for i in range(1, 101)]
+    times = {"time/update_s": 0.0, "time/step_s": 200.0}
+    figures = _throughput(RolloutBatch(tuple(finished), (), 100.0), times)
+    assert figures["rollout/tail_share"] == (100 - 98) / 200
+    assert figures["throughput/train_tokens_per_s"] == 0.0
+
+
+def test_a_sample_older_than_the_pacing_allows_never_reaches_the_learners():
+    world = World()
+
+    class Hasty(SyncPacing):
+        async def scored_batches(self, rollout, scorers):
+            async for batch in super().scored_batches(rollout, scorers):
+                yield replace(batch, version=batch.version + 2)
+
+    pacing = Hasty(PromptStream([1, 2], seed=0), BATCH, 1, world.clock)
+    pacing.max_staleness = 1
+    with pytest.raises(TrainingError, match="a sample is 2 versions old, 1 are allowed"):
+        asyncio.run(run_ppo(world.parts(), pacing, KL()))
+    assert named(world, "estimate") == []
 
 
 def test_a_failed_update_is_neither_published_nor_saved_nor_written():

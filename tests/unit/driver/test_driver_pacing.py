@@ -80,9 +80,9 @@ def test_sync_pacing_samples_and_scores_a_batch_only_when_it_is_asked_for():
             world.log.append(("consumed", *batch.rollouts.handles, *batch.scores))
 
     asyncio.run(consume())
-    assert [event[0] for event in world.log] == ["generate", "score", "consumed"] * 3
+    assert [event[0] for event in world.log] == ["generate", "frozen", "learning", "consumed"] * 3
     assert [event[1:] for event in world.log if event[0] == "consumed"] == [
-        (f"rollouts {i}", f"scores {i}") for i in range(3)
+        (f"rollouts {i}", f"frozen {i}", f"learning {i}") for i in range(3)
     ]
 
 

@@ -217,3 +217,24 @@ def test_samples_are_thinned_evenly_and_lose_the_chat_template() -> None:
 def test_json_with_nan_is_read_as_missing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "ppo", "step": 1, "kl/mean": float("inf")}) + "\n")
     assert ppo_columns(read_folder(tmp_path).metrics) == {"ppo": {"step": [1]}}
+
+
+def test_a_run_that_was_evaluated_later_shows_that_evaluation(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"name": "mine", "stages": {}}')
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (tmp_path / "eval" / "answers.jsonl").write_text('{"prompt": "hi"}\n')
+    run = read_folder(tmp_path)
+    assert run.summary["evaluation"] == EVALUATION
+    assert run.answers == [{"prompt": "hi"}]
+    assert "The evaluation is that of a later `rayrlhf eval`, in eval/." in run.notes
+
+
+def test_a_runs_own_evaluation_goes_before_a_later_one(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": {}, "evaluation": EVALUATION}))
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "own"}\n')
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "evaluation.json").write_text('{"prompts": 3}')
+    run = read_folder(tmp_path)
+    assert run.summary["evaluation"]["prompts"] == 512
+    assert run.answers == [{"prompt": "own"}]

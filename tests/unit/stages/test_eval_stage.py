@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from rayrlhf.config import Config
 from rayrlhf.data.tokenizer import train_tokenizer
+from rayrlhf.errors import ConfigError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Prompts
-from rayrlhf.stages.eval_command import _named, _of_further
+from rayrlhf.stages.eval_command import _check_spelling, _named, _of_further
 from rayrlhf.stages.evaluation import _Evaluation, arm_models
 from rayrlhf.stages.run import _evaluation
 from rayrlhf.stages.sampling import Answer, answers
@@ -143,7 +145,7 @@ def test_the_table_of_arms_has_wins_over_sft_beside_what_each_arm_is() -> None:
     assert ["KL, nats a response", "0.000 ±0.000", "< 1.204", "3.500 ±0.250"] in lines
     assert ["loss on text", "2.500", "-", "2.625"] in lines
     assert ["flag: right", "0.500", "-", "0.750"] in lines
-    assert ["all flags hold", "0.250", "-", "0.625"] in lines
+    assert ["flawless (all flags)", "0.250", "-", "0.625"] in lines
 
 
 def test_the_summary_of_a_run_has_evals_numbers_and_the_reward_models_accuracy() -> None:
@@ -158,3 +160,14 @@ def test_the_summary_of_a_run_has_evals_numbers_and_the_reward_models_accuracy()
         "reward_accuracy": {"gold": 0.8, "labeler_1": 0.75, "heldout": 0.8, "labeler_agreement": 0.9},
     }
     assert _evaluation({}) == {"reward_accuracy": {}}
+
+
+def test_a_mistyped_run_is_named_before_any_hub_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "baseline").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="runs/basline: no such folder") as error:
+        _check_spelling(Path("runs/basline"))
+    assert error.value.hint == "did you mean runs/baseline?"
+    _check_spelling(Path("runs/baseline"))
+    _check_spelling(Path("gpt2"))
+    _check_spelling(Path("org/name"))  # a model of a hub: there is no such folder here

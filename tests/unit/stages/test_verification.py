@@ -115,7 +115,7 @@ def run(rows: list[Row], folder: Path, reward: Path, monkeypatch: pytest.MonkeyP
 
     async def steps() -> None:
         for step in range(3):
-            batch = ScoredBatch(RolloutBatch((), (f"r{step}",)), (f"s{step}",))
+            batch = ScoredBatch(RolloutBatch((), (f"r{step}",)), (f"s{step}",), step)
             await verified.update(await verified.estimate(batch, 0.2 + step), step)
 
     try:
