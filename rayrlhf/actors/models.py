@@ -260,7 +260,8 @@ class PolicyActor(_LearnerActor):
         )
         gold = self._gold([rollouts[i] for i in ids])
         if gold is not None:
-            total = all_reduce_sum(torch.tensor([sum(gold.values()), len(gold)], dtype=torch.float64))
+            scored = torch.tensor([sum(gold.values()), len(gold)], dtype=torch.float64, device=self.engine.device)
+            total = all_reduce_sum(scored)
             metrics["reward/gold"] = float(total[0] / total[1])
         return [ray.put(experiences)], metrics, self._texts(experiences, scores, gold or {})
 
