@@ -25,8 +25,10 @@ __all__ = [
     "cut_rollouts",
     "dummy_experience",
     "dummy_rollout",
+    "last_tokens",
     "lay_out",
     "spans",
+    "to_device",
 ]
 
 
@@ -41,7 +43,7 @@ class Layout:
     position_ids: Tensor | None
     """int64 [B, T]: each sequence counts from 0, as does the padding; None where no row holds two sequences"""
     starts: Tensor
-    """int64 [S]: flat index of each sequence's first token, unit by unit"""
+    """int64 [S], on the host: flat index of each sequence's first token, unit by unit"""
 
     @property
     def inputs(self) -> dict[str, Tensor | None]:
@@ -55,10 +57,20 @@ def lay_out(units: Sequence[Sequence[np.ndarray]], cutting: Cutting, device: tor
     return [_layout(units, cut, device) for cut in cuts]
 
 
-def spans(starts: Tensor, first: Sequence[int], end: Sequence[int]) -> Tensor:
+def spans(layout: Layout, first: Sequence[int], end: Sequence[int]) -> Tensor:
     """Flat positions of tokens first_i ... end_i - 1 of each sequence: int64 [sum of end_i - first_i]."""
-    ranges = [torch.arange(s + a, s + b) for s, a, b in zip(starts.tolist(), first, end, strict=True)]
-    return torch.cat(ranges).to(starts.device)
+    ranges = [torch.arange(s + a, s + b) for s, a, b in zip(layout.starts.tolist(), first, end, strict=True)]
+    return to_device(torch.cat(ranges), layout.tokens.device)
+
+
+def last_tokens(layout: Layout, lengths: Sequence[int]) -> Tensor:
+    """Flat position of each sequence's last token: int64 [S]."""
+    return to_device(layout.starts + torch.tensor(lengths) - 1, layout.tokens.device)
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor made here, where it is computed with: to a GPU from page-locked memory, which nobody waits for."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def _layout(units: Sequence[Sequence[np.ndarray]], cut: Cut, device: torch.device) -> Layout:
@@ -77,9 +89,9 @@ def _layout(units: Sequence[Sequence[np.ndarray]], cut: Cut, device: torch.devic
     packed = any(len(members) > 1 for members in cut.rows)
     return Layout(
         tuple(cut.units),
-        torch.from_numpy(tokens).to(device),
-        torch.from_numpy(position_ids).to(device) if packed else None,
-        torch.tensor(order, dtype=torch.int64, device=device),
+        to_device(torch.from_numpy(tokens), device),
+        to_device(torch.from_numpy(position_ids), device) if packed else None,
+        torch.tensor(order, dtype=torch.int64),
     )
 
 
@@ -98,7 +110,7 @@ class RolloutBatch:
     @property
     def last_positions(self) -> Tensor:
         """int64 [B]: flat index of each rollout's last response token."""
-        return self.positions[torch.tensor(self.lengths).cumsum(0).to(self.positions.device) - 1]
+        return self.positions[to_device(torch.tensor(self.lengths).cumsum(0) - 1, self.positions.device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +149,14 @@ def dummy_experience(like: Experience, device: torch.device) -> ExperienceBatch:
 
 def _rollout_batch(rollouts: Sequence[Rollout], layout: Layout) -> RolloutBatch:
     first, end = [r.prompt_tokens for r in rollouts], [r.info.tokens for r in rollouts]
-    return RolloutBatch(tuple(rollouts), layout, spans(layout.starts, first, end))
+    return RolloutBatch(tuple(rollouts), layout, spans(layout, first, end))
 
 
 def _experience_batch(experiences: Sequence[Experience], layout: Layout) -> ExperienceBatch:
     device = layout.tokens.device
 
     def flat(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(e, name) for e in experiences])).to(device)
+        return to_device(torch.from_numpy(np.concatenate([getattr(e, name) for e in experiences])), device)
 
     def optional(name: str) -> Tensor | None:
         return None if getattr(experiences[0], name) is None else flat(name)
@@ -156,5 +168,5 @@ def _experience_batch(experiences: Sequence[Experience], layout: Layout) -> Expe
         returns=optional("returns"),
         old_values=optional("old_values"),
         weights=optional("weights"),
-        mask=torch.tensor([e.trained for e in experiences for _ in e.old_logprobs], device=device),
+        mask=to_device(torch.tensor([e.trained for e in experiences for _ in e.old_logprobs]), device),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from rayrlhf.algorithms import dpo_loss
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
-from rayrlhf.engines.batches import Layout, lay_out, spans
+from rayrlhf.engines.batches import Layout, lay_out, spans, to_device
 from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.supervised import Log, Module
 from rayrlhf.engines.tasks import infer_sequences
@@ -117,12 +117,12 @@ class PreferenceTask:
         for example in examples:
             pairs += [(responses + better, responses + worse) for better, worse in example.pairs()]
             responses += len(example.responses)
-        chosen, rejected = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+        chosen, rejected = to_device(torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2), device).unbind(1)
         return _PreferenceBatch(
             layout,
-            spans(layout.starts, first, end),
+            spans(layout, first, end),
             [b - a for a, b in zip(first, end, strict=True)],
-            torch.tensor([x for i in rows for x in self.reference[i]], dtype=torch.float32, device=device),
+            to_device(torch.tensor([x for i in rows for x in self.reference[i]], dtype=torch.float32), device),
             chosen,
             rejected,
         )
@@ -149,7 +149,7 @@ def _response_logprobs(learner: Learner, examples: Sequence[RankingExample], cut
 
     def forward(module: Module, layout: Layout, held: Sequence[int]) -> Tensor:
         starts, ends = [first[i] for i in held], [len(sequences[i]) for i in held]
-        logprobs = module(**layout.inputs, positions=spans(layout.starts, starts, ends))
+        logprobs = module(**layout.inputs, positions=spans(layout, starts, ends))
         return _by_response(logprobs, [b - a for a, b in zip(starts, ends, strict=True)])
 
     numbers = iter(infer_sequences(learner, sequences, forward, cutting))

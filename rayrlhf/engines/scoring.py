@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayrlhf.data.batching import Cutting
-from rayrlhf.engines.batches import Layout, RolloutBatch, cut_rollouts, dummy_rollout, lay_out
+from rayrlhf.engines.batches import Layout, RolloutBatch, cut_rollouts, dummy_rollout, last_tokens, lay_out
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.errors import ModelError
 from rayrlhf.types import Rollout, Scores
@@ -87,8 +87,7 @@ def check_packing(engine: Learner | FrozenModel, dtype: str) -> None:
     rows = [np.arange(start, start + length) for start, length in ((1, 6), (7, 3), (10, 3))]
 
     def forward(module: Module, layout: Layout) -> Tensor:
-        last = layout.starts + torch.tensor([len(rows[i]) - 1 for i in layout.units], device=engine.device)
-        return module(**layout.inputs, positions=last).float()
+        return module(**layout.inputs, positions=last_tokens(layout, [len(rows[i]) for i in layout.units])).float()
 
     def outputs(packed: bool) -> Tensor:
         layout = lay_out([[r] for r in rows], Cutting(18, packed), engine.device)[0]

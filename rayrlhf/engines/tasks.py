@@ -12,7 +12,7 @@ from torch import Tensor
 from rayrlhf.algorithms import lm_loss, ranking_loss
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
-from rayrlhf.engines.batches import Layout, lay_out, spans
+from rayrlhf.engines.batches import Layout, last_tokens, lay_out, spans, to_device
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 
@@ -78,7 +78,7 @@ def language_batches(examples: Sequence[LMExample], cutting: Cutting, device: to
     batches = []
     for layout in lay_out([[e.tokens] for e in examples], cutting, device):
         mine = [examples[i] for i in layout.units]
-        positions = spans(layout.starts, [_first_learned(e) for e in mine], [len(e.tokens) for e in mine])
+        positions = spans(layout, [_first_learned(e) for e in mine], [len(e.tokens) for e in mine])
         batches.append(LanguageBatch(layout, positions))
     return batches
 
@@ -134,8 +134,8 @@ class RankingTask:
 
 def _ranking_batch(examples: Sequence[RankingExample], layout: Layout) -> _RankingBatch:
     device = layout.tokens.device
-    ranks = torch.tensor([rank for e in examples for rank in e.ranks], device=device)
-    prompts = torch.tensor([i for i, e in enumerate(examples) for _ in e.responses], device=device)
+    ranks = to_device(torch.tensor([rank for e in examples for rank in e.ranks]), device)
+    prompts = to_device(torch.tensor([i for i, e in enumerate(examples) for _ in e.responses]), device)
     return _RankingBatch(layout, _last(layout, [r for e in examples for r in e.responses]), ranks, prompts)
 
 
@@ -173,4 +173,4 @@ def infer_sequences(
 
 def _last(layout: Layout, sequences: Sequence[np.ndarray]) -> Tensor:
     """int64 [S]: flat index of each sequence's last token."""
-    return layout.starts + torch.tensor([len(s) - 1 for s in sequences], device=layout.starts.device)
+    return last_tokens(layout, [len(s) for s in sequences])

@@ -86,7 +86,7 @@ class PlainEngine:
         tokens = torch.randint(
             VOCAB, batch.layout.tokens.shape, generator=torch.Generator().manual_seed(self.pad_with)
         ).reshape(-1)
-        own = spans(batch.layout.starts, [0] * len(batch.rollouts), [r.info.tokens for r in batch.rollouts])
+        own = spans(batch.layout, [0] * len(batch.rollouts), [r.info.tokens for r in batch.rollouts])
         tokens[own] = batch.layout.tokens.reshape(-1)[own]
         return replace(batch, layout=replace(batch.layout, tokens=tokens.reshape(batch.layout.tokens.shape)))
 
