@@ -11,6 +11,7 @@ from pydantic import ValidationError, model_validator
 from rayrlhf.config.base import Section
 from rayrlhf.config.cluster import ClusterConfig
 from rayrlhf.config.data import DataConfig
+from rayrlhf.config.deepspeed import DeepSpeedConfig, LearnerShape, check_deepspeed
 from rayrlhf.config.evaluation import CollectConfig, EvalConfig
 from rayrlhf.config.model import ModelConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
@@ -32,6 +33,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     cluster: ClusterConfig = ClusterConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     pretrain: PretrainConfig = PretrainConfig()
     sft: SFTConfig = SFTConfig()
     collect: CollectConfig | None = None
@@ -72,6 +74,19 @@ class Config(Section):
             return Config.model_validate(tree)
         except ValidationError as error:
             raise ValueError(_first_of(error, f"ppo.arms.{name}")) from None
+
+    def learners(self) -> list[LearnerShape]:
+        """Every model that learns in this run, or is held as one that could."""
+        stages, cluster, found = self.stages(), self.cluster, list[LearnerShape]()
+        for stage in ("pretrain", "sft", "reward", "dpo"):
+            if stage in stages:
+                key, zero_stage = f"{stage}.zero_stage", getattr(self, stage).zero_stage
+                found.append(LearnerShape(key, zero_stage, "cluster.train.ranks", cluster.train.ranks))
+        sampling = any(stage in stages for stage in ("collect", "ppo", "eval"))
+        for role in ("policy", "value") if "ppo" in stages else ("policy",) * sampling:
+            ranks = getattr(cluster, role).ranks
+            found.append(LearnerShape("ppo.zero_stage", self.ppo.zero_stage, f"cluster.{role}.ranks", ranks))
+        return found
 
     @model_validator(mode="after")
     def _something_is_to_be_run(self) -> Config:
@@ -174,6 +189,11 @@ class Config(Section):
                 f"run.deterministic and ppo.pacing.max_staleness {pacing.max_staleness} contradict each other: which "
                 "version samples a response would depend on timing; take 0 or 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _learners_can_be_built(self) -> Config:
+        check_deepspeed(self.deepspeed, self.cluster.device, self.model.dtype, self.learners())
         return self
 
     @model_validator(mode="after")

@@ -7,8 +7,8 @@ micro-batches; the shorter ones run a dummy whose loss counts zero, or a sharded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rayrlhf.config.deepspeed import zero_stage_in_use
 from rayrlhf.engines.average import WeightAverage
 from rayrlhf.engines.distributed import all_reduce_max
 from rayrlhf.engines.gradients import GradientParts
 from rayrlhf.engines.guards import check_step, local_grad_norm
 from rayrlhf.errors import TrainingError
+from rayrlhf.models.build import checkpoint_activations
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
 
@@ -55,6 +57,9 @@ class LearnerSettings:
     """... in files named `<role>-<rank>`."""
     average: float | None = None
     """decay of an average of the weights; None keeps none"""
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    """keys of DeepSpeed's config beyond those that a learner sets itself"""
+    activation_checkpointing: bool = False
 
 
 class _Engine:
@@ -105,21 +110,14 @@ class Learner(_Engine):
         import deepspeed
 
         self.settings = settings
-        config = _base_config(_stage(settings), settings.dtype) | {
-            "gradient_clipping": settings.grad_clip,
-            "optimizer": {
-                "type": "AdamW",
-                "params": {
-                    "torch_adam": True,  # DeepSpeed's own is compiled on first use, and hangs on a CPU
-                    "lr": settings.learning_rate,
-                    "betas": list(settings.betas),
-                    "eps": settings.eps,
-                    "weight_decay": settings.weight_decay,
-                },
-            },
-        }
+        if settings.activation_checkpointing:
+            checkpoint_activations(module)
+        config = _learner_config(settings)
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
         self.module, self._call = self.engine.module, self.engine
+        # With the optimizer on the host ZeRO 1 and 2 keep sums that are stale after a boundary within a step.
+        offloaded = "offload_optimizer" in config["zero_optimization"]
+        self._tells_parts_apart = not (offloaded and _stage(settings) in (1, 2))
         self.average = WeightAverage(self.module, settings.average, self.rank) if settings.average else None
         self.before_step: Callable[[], None] | None = None
         """Called once, when the next gradient is whole and before it is clipped; on every rank."""
@@ -140,13 +138,15 @@ class Learner(_Engine):
 
         Returns:
             `loss` (this rank's share of it) and `grad_norm` (global, before clipping); with `measure` also
-            `first_norm` and `rest_norm`, of the gradients of `micro_batches` and of `rest` alone.
+            `first_norm` and `rest_norm`, of the gradients of `micro_batches` and of `rest` alone (not with the
+            optimizer offloaded under ZeRO 1 or 2, where they cannot be told apart).
 
         Raises:
             TrainingError: on every rank, before the step is taken, when the loss or the gradient is NaN or infinite or
                 the loss is beyond `max_loss` (see engines/guards.py).
         """
         self.module.train()
+        measure = measure and self._tells_parts_apart
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         first, second = self._equalised(micro_batches, dummy), self._equalised(rest, dummy)
@@ -223,9 +223,28 @@ def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
     }
 
 
+def _learner_config(settings: LearnerSettings) -> dict[str, Any]:
+    base = _base_config(_stage(settings), settings.dtype)
+    return {
+        **settings.deepspeed,
+        **base,
+        "zero_optimization": {**settings.deepspeed.get("zero_optimization", {}), **base["zero_optimization"]},
+        "gradient_clipping": settings.grad_clip,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "torch_adam": True,  # DeepSpeed's own is compiled on first use, and hangs on a CPU
+                "lr": settings.learning_rate,
+                "betas": list(settings.betas),
+                "eps": settings.eps,
+                "weight_decay": settings.weight_decay,
+            },
+        },
+    }
+
+
 def _stage(settings: LearnerSettings) -> int:
-    """ZeRO stage in use: bfloat16 without ZeRO would get another optimizer, whose Adam counts one step more."""
-    return max(1, settings.zero_stage) if settings.dtype == "bfloat16" else settings.zero_stage
+    return zero_stage_in_use(settings.zero_stage, settings.dtype)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -122,7 +122,7 @@ def _policy_metrics(update: _Update, settings: UpdateSettings, text: TextShare |
         metrics["rollout/logprob_gap_max"] = largest
     if text is not None:
         metrics["ptx/loss"] = means["ptx_loss"]
-    if text is not None and text.measure:
+    if "rest_norm" in first:
         metrics |= {"ptx/grad_norm": first["rest_norm"], "policy/ppo_grad_norm": first["first_norm"]}
     return metrics
 

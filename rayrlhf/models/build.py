@@ -29,6 +29,7 @@ from rayrlhf.models.logprobs import token_logprobs
 __all__ = [
     "PolicyModel",
     "ScalarModel",
+    "checkpoint_activations",
     "context_length",
     "from_scratch",
     "has_residual_dropout",
@@ -104,6 +105,22 @@ class ScalarModel(nn.Module):
         """From now on a raw output x counts as (x - bias) / scale; kept in the model's own config.json."""
         self.bias, self.scale = bias, scale
         setattr(self.classifier.config, NORMALISATION_KEY, (bias, scale))
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """In training keep only the inputs of each layer, and compute the rest again in the backward pass.
+
+    Raises:
+        ModelError: the model's architecture cannot.
+    """
+    for model in module.children():
+        if isinstance(model, PreTrainedModel):
+            if not model.supports_gradient_checkpointing:
+                raise ModelError(
+                    f"a {model.config.model_type} model does not support activation checkpointing",
+                    "set deepspeed.activation_checkpointing=false",
+                )
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _hidden(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor | None) -> Tensor:

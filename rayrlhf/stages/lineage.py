@@ -40,12 +40,12 @@ SOURCES: dict[StageName, tuple[str, ...]] = {
     "eval": ("heldout_prompts", "multiple_choice", "text"),
 }
 SECTIONS: dict[StageName, tuple[str, ...]] = {
-    "pretrain": ("pretrain",),
-    "sft": ("sft",),
-    "reward": ("reward", "sft"),  # sft's limit cuts the demonstrations that normalise the rewards
-    "dpo": ("dpo",),
+    "pretrain": ("pretrain", "deepspeed"),
+    "sft": ("sft", "deepspeed"),
+    "reward": ("reward", "sft", "deepspeed"),  # sft's limit cuts the demonstrations that normalise the rewards
+    "dpo": ("dpo", "deepspeed"),
     "collect": ("collect", "rollout", "world"),
-    "ppo": ("ppo", "rollout", "weights", "world"),  # a world judges the responses, for `reward/gold`
+    "ppo": ("ppo", "rollout", "weights", "world", "deepspeed"),  # a world judges the responses, for `reward/gold`
     "eval": ("eval", "rollout", "world"),
 }
 

@@ -124,6 +124,8 @@ def learner_settings(
         failed_folder=str((context.folder / "failed").resolve()),
         role=role,
         average=average,
+        deepspeed=config.deepspeed.keys(),
+        activation_checkpointing=config.deepspeed.activation_checkpointing,
     )
 
 
