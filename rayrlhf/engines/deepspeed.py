@@ -22,6 +22,7 @@ from rayrlhf.engines.distributed import all_reduce_max
 from rayrlhf.engines.gradients import GradientParts
 from rayrlhf.engines.guards import check_step, local_grad_norm
 from rayrlhf.errors import TrainingError
+from rayrlhf.models.attention import use_attention
 from rayrlhf.models.build import checkpoint_activations
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
@@ -65,8 +66,9 @@ class LearnerSettings:
 class _Engine:
     """What learner and frozen model share: the device, equal numbers of micro-batches, passes without gradients."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, dtype: str) -> None:
         self.module = module
+        use_attention(module, device, dtype)
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
@@ -88,7 +90,7 @@ class FrozenModel(_Engine):
     """A model that is only run: whole on each rank (stage 0) or sharded over them (stage 3)."""
 
     def __init__(self, module: nn.Module, zero_stage: int, dtype: str, device: str) -> None:
-        super().__init__(module.requires_grad_(False), device)
+        super().__init__(module.requires_grad_(False), device, dtype)
         if zero_stage == 3:
             import deepspeed
 
@@ -106,7 +108,7 @@ class Learner(_Engine):
     """A model, its optimizer and its gradients under ZeRO."""
 
     def __init__(self, module: nn.Module, settings: LearnerSettings) -> None:
-        super().__init__(module, settings.device)
+        super().__init__(module, settings.device, settings.dtype)
         import deepspeed
 
         self.settings = settings
@@ -233,7 +235,10 @@ def _learner_config(settings: LearnerSettings) -> dict[str, Any]:
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "torch_adam": True,  # DeepSpeed's own is compiled on first use, and hangs on a CPU
+                # DeepSpeed's own is compiled on first use, and hangs on a CPU. torch's, fused into one kernel, runs
+                # where the weights are that it works on: on the GPU, or on the host when they are offloaded.
+                "torch_adam": True,
+                **({"fused": True} if settings.device == "cuda" else {}),
                 "lr": settings.learning_rate,
                 "betas": list(settings.betas),
                 "eps": settings.eps,

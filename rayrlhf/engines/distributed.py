@@ -53,6 +53,7 @@ def prepare_process(device: str, threads: int, deterministic: bool) -> None:
     torch.set_num_threads(threads)
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS asks for it, before its first call
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read by transformers; torch knows nothing of flash_attn
         torch.use_deterministic_algorithms(True)
         # A help in the search for bugs, which costs time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

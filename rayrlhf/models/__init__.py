@@ -1,1 +1,2 @@
-"""Models: build.py loads or makes them (policy, reward, value), logprobs.py turns logits into log-probs."""
+"""Models: build.py loads or makes them (policy, reward, value), attention.py says what kernels they attend with,
+logprobs.py turns logits into log-probs."""

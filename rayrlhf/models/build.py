@@ -24,6 +24,7 @@ from transformers import (
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ModelError
+from rayrlhf.models.attention import rows_for
 from rayrlhf.models.logprobs import token_logprobs
 
 __all__ = [
@@ -124,7 +125,8 @@ def checkpoint_activations(module: nn.Module) -> None:
 
 
 def _hidden(model: PreTrainedModel, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
-    """The backbone's last hidden states [B, T, D]."""
+    """The backbone's last hidden states: [B, T, D], or [1, B * T, D] where its attention takes a single row."""
+    tokens, position_ids = rows_for(model, tokens, position_ids)
     # Left out rather than None: some architectures have no such argument.
     given = {} if position_ids is None else {"position_ids": position_ids}
     output: Tensor = model.base_model(input_ids=tokens, use_cache=False, **given).last_hidden_state
