@@ -114,3 +114,17 @@ def test_a_run_without_any_stage_left_is_refused():
     given["run"]["stages"] = ("pretrain",)  # model.path is given
     with pytest.raises(ValidationError, match="leaves nothing to run"):
         Config.model_validate(given)
+
+
+def test_an_engines_shards_are_one_bundle_since_they_share_a_node():
+    rollout = plan_ppo(config(**GPUS))[-1]
+    assert rollout.bundles() == [{"CPU": 0.8, "GPU": 2.0}] * 3
+
+
+def test_a_bundle_on_gpus_asks_for_the_share_that_the_role_was_given():
+    reward = next(p for p in plan_ppo(config(device="cuda", reward={"gpus": 0.25, "ranks": 2})) if p.role == "reward")
+    assert reward.bundles() == [{"CPU": 0.4, "GPU": 0.25}] * 2
+
+
+def test_supervised_workers_have_a_gpu_each():
+    assert plan_training(config(device="cuda", train={"ranks": 2})).bundles() == [{"CPU": 0.4, "GPU": 1.0}] * 2
