@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-quick test test-unit check format lock clean
+.PHONY: setup demo demo-quick test test-unit check gpu-check format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -27,6 +27,10 @@ test-unit: $(READY)  ## the fast ones
 
 check: $(READY)  ## lint, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+
+gpu-check:  ## what this machine's GPUs and packages allow, as a table (all skipped without a GPU)
+	@test -x $(BIN)/python || $(MAKE) setup
+	@$(BIN)/python benchmarks/gpu_check.py
 
 format: $(READY)  ## format and mend what ruff can
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
