@@ -56,6 +56,7 @@ def seat_class() -> type:
 @pytest.fixture(scope="module")
 def eight_gpus() -> Iterator[dict[str, float]]:
     ray.init(
+        address="local",
         num_cpus=4,
         num_gpus=GPUS,
         include_dashboard=False,
