@@ -1,33 +1,65 @@
-"""What the benchmarks share: the machine they ran on, and how they show rows."""
+"""What benchmarks share: sides timed in turns, medians of paired ratios, the table, the machine, the last line."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["machine", "show"]
+__all__ = ["machine", "median_ratio", "print_result", "print_table", "timed_in_turns"]
 
 
-def machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": platform.platform(), "cpus": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}
+def timed_in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, one a round; a round before them warms up.
+
+    Every round runs all sides, one after the other, so that what else the machine does meets all of them; every other
+    round in reverse, so that none is always the first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in list(sides) if number % 2 else reversed(sides):
+            start = perf_counter()
+            sides[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(perf_counter() - start)
+    return seconds
 
 
-def show(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], as_json: bool = False) -> None:
-    """A table of the rows (unless `as_json`), the facts under it, and both as JSON in the last line."""
-    if not as_json:
-        table = Table(title=title)
-        for name in rows[0]:
-            table.add_column(name.replace("_", " "), justify="right")
-        for row in rows:
-            table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-        Console().print(table)
-        Console().print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(json.dumps({**facts, "rows": list(rows)}))
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Of the quotients round by round, not the quotient of medians: a slow minute of the machine then cancels."""
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a benchmark of torch in this process ran on."""
+    facts = {"machine": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A column for each key of the rows, which all have the same."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    Console().print(table)
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The last line of stdout, as JSON; ratios have keys that end in `_ratio`."""
+    print(json.dumps(result))
+    sys.stdout.flush()

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import ray
 import typer
-from common import machine, show
+from common import machine, print_result, print_table
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
@@ -72,7 +72,9 @@ def main(
         rows = [row for count in map(int, engines.split(",")) for row in asyncio.run(_measure(folder, count, pairs))]
     ray.shutdown()
     title = f"{REQUESTS} responses of {LIMIT // 4} tokens in the mean, 4M parameters, float32, {os.cpu_count()} threads"
-    show(title, rows, {**machine(), "pairs": pairs}, as_json)
+    if not as_json:
+        print_table(title, rows)
+    print_result({**machine("cpu"), "pairs": pairs, "rows": rows})
 
 
 def given_lengths(kind: str) -> list[int]:

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 import torch
 import typer
-from common import machine, show
+from common import machine, print_result, print_table
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import ModelSettings, PolicyActor
@@ -91,7 +91,9 @@ def main(
             rows.append(asyncio.run(_measure(size, count, rounds, int(bucket_mib * 2**20))))
     ray.shutdown()
     title = f"one policy rank, buckets of {bucket_mib:g} MiB, medians of {rounds} rounds; times in ms"
-    show(title, rows, {**machine(), "rounds": rounds}, as_json)
+    if not as_json:
+        print_table(title, rows)
+    print_result({**machine("cpu"), "rounds": rounds, "rows": rows})
 
 
 async def _measure(size: str, engines: int, rounds: int, bucket_bytes: int) -> dict[str, Any]:

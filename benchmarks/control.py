@@ -1,0 +1,210 @@
+"""What the control plane costs: the real driver, pools and Ray actors, with stand-ins for engines and learners.
+
+    python benchmarks/control.py [--actors 2,8,32,64] [--steps 40] [--json]
+
+A stand-in waits as long as the real thing would take, and answers with ids and empty handles. What is left is the
+driver's own work: its CPU seconds per rollout actor and step, the length of an overlapping step beside its longer side,
+and its memory over a hundred steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import psutil
+import ray
+import typer
+from common import machine, print_result, print_table
+
+from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.placement import RolePlacement
+from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
+from rayrlhf.actors.rollout import EnginePool
+from rayrlhf.algorithms.kl import FixedKL
+from rayrlhf.driver.loop import Parts, run_ppo
+from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing
+from rayrlhf.metrics.clock import StepClock
+from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
+from rayrlhf.weights.probe import ProbeRow
+from rayrlhf.weights.publish import EngineReceipt, SentBucket, WeightPublisher
+
+PER_ENGINE, BUCKETS, WARM_UP, START_S = 16, 4, 5, 600.0
+ROWS = [ProbeRow([1, 2], [3, 4])]
+MEMORY_STEPS = 100
+
+
+class StandIn:
+    """What every actor answers."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def node(self) -> str:
+        return "here"
+
+    def memory_gib(self) -> float:
+        return 0.0
+
+
+class Engine(StandIn):
+    version = 0
+
+    def generate(
+        self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
+    ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
+        for start in range(0, len(requests), at_once):
+            part = requests[start : start + at_once]
+            time.sleep(self.seconds * len(part) / len(requests))
+            yield [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, self.version) for r in part], [ray.put(b"")]
+
+    def begin_update(self, version: int) -> None:
+        self.sent: list[str] = []
+
+    def load_bucket(self, ticket: dict[str, Any]) -> None:
+        self.sent.append(ticket["fingerprint"])
+
+    def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+        return EngineReceipt(tuple(self.sent), (), (0.0,) * 2)
+
+    def commit(self, version: int) -> None:
+        self.version = version
+
+
+class Model(StandIn):
+    """Policy, value, reference or reward."""
+
+    def start_publish(self, version: int, elsewhere: bool) -> SentBucket:
+        self.version, self.index = version, 0
+        return self.next_bucket()
+
+    def next_bucket(self) -> SentBucket:
+        self.index += 1
+        fingerprint = f"{self.version}-{self.index}"
+        return SentBucket({"fingerprint": fingerprint}, fingerprint, 2**20, self.index == BUCKETS, 1e-3)
+
+    def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
+        return [0.0] * 2
+
+    def score(self, ids: Sequence[int], *chunks: bytes) -> list[Any]:
+        return [ray.put(b"")]
+
+    def estimate(self, ids: Sequence[int], *rest: Any) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
+        return [ray.put(b"")], {"kl/mean": 0.0, "kl/per_token": 0.0, "reward/mean": 0.0}, []
+
+    def update(self, minibatches: Sequence[Sequence[int]], *rest: Any) -> dict[str, float]:
+        time.sleep(self.seconds)
+        return {"policy/loss": 0.0}
+
+
+class Nothing:
+    """Checkpoints, gauges and the records' sink."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float, int]] = []
+        """(wall, CPU, resident bytes) at the end of each step"""
+
+    async def save_if_due(self, step: int) -> None: ...
+
+    async def gauges(self) -> dict[str, float]:
+        return {}
+
+    def write_samples(self, step: int, samples: Any) -> None: ...
+
+    def write(self, record: Any) -> None:
+        self.marks.append((time.perf_counter(), time.process_time(), psutil.Process().memory_info().rss))
+
+
+def main(
+    actors: str = "2,8,32,64",
+    steps: int = 40,
+    as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
+) -> None:
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    rows = [asyncio.run(_measure(count, steps)) for count in map(int, actors.split(","))]
+    facts = {**machine("cpu"), "steps": steps, "growth_ratio": rows[-1]["driver_cpu_ms"] / rows[0]["driver_cpu_ms"]}
+    facts |= asyncio.run(_overlap()) | asyncio.run(_memory())
+    ray.shutdown()
+    if not as_json:
+        print_table("driver CPU per rollout actor and step; stand-ins that take no time", rows)
+    print_result({**facts, "rows": rows})
+
+
+async def _measure(engines: int, steps: int) -> dict[str, Any]:
+    marks = await _run(engines, steps + WARM_UP, 0.0, 0.0, overlap=False)
+    pairs = list(itertools.pairwise(marks[WARM_UP - 1 :]))
+    cpu, wall = [b[1] - a[1] for a, b in pairs], [b[0] - a[0] for a, b in pairs]
+    return {
+        "rollout_actors": engines,
+        "responses": engines * PER_ENGINE,
+        "step_ms": 1000 * median(wall),
+        "driver_cpu_ms_per_step": 1000 * sum(cpu) / len(cpu),
+        "driver_cpu_ms": 1000 * sum(cpu) / len(cpu) / engines,
+    }
+
+
+async def _overlap() -> dict[str, float]:
+    """A step whose sides take 0.6 and 0.5 s, one after the other and overlapping."""
+    sides = {}
+    for overlap in (False, True):
+        marks = await _run(2, 9, 0.6, 0.5, overlap)
+        sides[overlap] = median(b[0] - a[0] for a, b in itertools.pairwise(marks[1:]))
+    ratio = sides[True] / 0.6
+    return {"sync_step_s": sides[False], "overlap_step_s": sides[True], "overlap_to_longer_side_ratio": ratio}
+
+
+async def _memory() -> dict[str, float]:
+    marks = await _run(8, MEMORY_STEPS + 20, 0.0, 0.0, overlap=False)
+    return {"driver_mib_after_20_steps": marks[19][2] / 2**20, "driver_mib_100_steps_later": marks[-1][2] / 2**20}
+
+
+async def _run(engines: int, steps: int, generate_s: float, update_s: float, overlap: bool) -> list[Any]:
+    groups = {
+        role: ActorGroup(RolePlacement(role, engines if role == "rollout" else 1, 0.01, 0, 1), START_S)
+        for role in ("policy", "value", "reference", "reward", "rollout")
+    }
+    try:
+        for role, group in groups.items():
+            actor, seconds = (Engine, generate_s) if role == "rollout" else (Model, update_s)
+            await group.spawn(actor, [(seconds,)] * group.ranks, START_S)
+        await asyncio.gather(*(group.call("node") for group in groups.values()))
+        return await _loop(groups, engines * PER_ENGINE, steps, overlap)
+    finally:
+        for group in groups.values():
+            group.close()
+
+
+async def _loop(groups: dict[str, ActorGroup], batch: int, steps: int, overlap: bool) -> list[Any]:
+    prompts = [PromptTokens(i, [1] * 32) for i in range(4 * batch)]  # type: ignore[arg-type]
+    pool = EnginePool(groups["rollout"], groups["policy"], WeightPublisher(ROWS, "float32", None), prompts)
+    plan = StepPlan(batch, 1, 0, 1, 0, 1.0, lambda step: (1e-5, 1e-5))
+    nothing = Nothing()
+    with tempfile.TemporaryDirectory() as folder:
+        clock = StepClock(Path(folder) / "trace.json")
+        parts = Parts(
+            rollout=pool,
+            scorers=ScorerRoles([groups["reference"], groups["reward"]], [groups["policy"], groups["value"]]),
+            learners=LearnerRoles(groups["policy"], groups["value"], plan),
+            weights=pool,
+            checkpoints=nothing,
+            sink=nothing,
+            clock=clock,
+            gauges=nothing.gauges,
+        )
+        stream = PromptStream([p.prompt_id for p in prompts], seed=0)
+        pacing = OverlapPacing(stream, batch, steps, clock, 1) if overlap else SyncPacing(stream, batch, steps, clock)
+        await run_ppo(parts, pacing, FixedKL(0.0))
+        clock.close()
+    return nothing.marks
+
+
+if __name__ == "__main__":
+    typer.run(main)

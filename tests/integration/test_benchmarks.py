@@ -1,0 +1,68 @@
+"""The benchmarks on sizes at which their numbers mean nothing: do they run, and do both sides do the same work?"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.integration
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    arguments = ["--shapes=64x2,32x1", "--sequences=5", "--longest=64", "--rounds=1", "--threads=1"]
+    done = subprocess.run(
+        [sys.executable, FOLDER / "learner.py", *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_learners_last_line_has_positive_ratios_of_every_comparison(result: dict[str, Any]) -> None:
+    first, second = result["rows"]
+    against_plain = {"product_over_plain_ratio"}
+    assert {k for k in first if k.endswith("_ratio")} == against_plain | {
+        "packed_over_padded_ratio",
+        "packed_over_padded_by_length_ratio",
+    }
+    assert {k for k in second if k.endswith("_ratio")} == against_plain, "padding is measured on the first shape"
+    for row in result["rows"]:
+        assert all(0 < row[k] < math.inf for k in row if k.endswith("_ratio"))
+    assert {"machine", "cpus", "threads", "torch"} <= result.keys()
+
+
+def test_product_and_plain_loop_find_the_same_loss_and_come_to_the_same_weights(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        assert row["loss_gap"] <= 1e-5
+        assert row["weight_gap_in_rates"] <= 0.05
+
+
+def test_padding_is_what_the_ways_of_cutting_differ_in(result: dict[str, Any]) -> None:
+    row = result["rows"][0]
+    assert row["tokens"] <= row["packed_cells"] <= row["padded_by_length_cells"] <= row["padded_cells"]
+
+
+def test_sides_that_differ_in_loss_or_weights_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    learner = importlib.import_module("learner")
+    one = nn.Linear(3, 3)
+    other = copy.deepcopy(one)
+    assert learner.check_agreement(one, other, 2.0, 2.0) == {"loss_gap": 0.0, "weight_gap_in_rates": 0.0}
+    with pytest.raises(SystemExit, match=r"losses 2\.0 and 2\.001"):
+        learner.check_agreement(one, other, 2.0, 2.001)
+    with torch.no_grad():
+        other.bias[1] += learner.PPO.learning_rate
+    with pytest.raises(SystemExit, match="learning rates apart"):
+        learner.check_agreement(one, other, 2.0, 2.0)
