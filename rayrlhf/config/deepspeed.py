@@ -79,9 +79,16 @@ class LearnerShape(NamedTuple):
     ranks: int
 
 
-def zero_stage_in_use(zero_stage: int, dtype: str) -> int:
-    """In bfloat16 at least 1: without ZeRO there would be another optimizer, whose Adam counts one step more."""
-    return max(1, zero_stage) if dtype == "bfloat16" else zero_stage
+def zero_stage_in_use(asked: int, dtype: str, ranks: int, asks_for_zero: bool) -> int:
+    """The ZeRO stage of a learner for which `asked` is configured: the only place where the two differ.
+
+    Args:
+        asks_for_zero: offload, hpZ or other keys of ZeRO's own are set.
+    """
+    if dtype == "bfloat16":  # without ZeRO it would get another optimizer, whose Adam counts one step more
+        return max(1, asked)
+    # One rank has nothing to shard, and ZeRO's own copies would cost it time and memory.
+    return asked if ranks > 1 or asks_for_zero else 0
 
 
 def check_deepspeed(given: DeepSpeedConfig, device: str, dtype: str, learners: list[LearnerShape]) -> None:
@@ -121,7 +128,7 @@ def _check_extra(extra: dict[str, Any]) -> None:
 
 def _check_stage(what: str, least: int, dtype: str, learners: list[LearnerShape]) -> None:
     for learner in learners:
-        if zero_stage_in_use(learner.zero_stage, dtype) < least:
+        if zero_stage_in_use(learner.zero_stage, dtype, learner.ranks, asks_for_zero=True) < least:
             raise ValueError(
                 f"{what} needs ZeRO stage {least}{'' if least == 3 else ' or more'} in every learner of the run, and "
                 f"{learner.stage_key} is {learner.zero_stage}: set {learner.stage_key}={least}"

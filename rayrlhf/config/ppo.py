@@ -119,7 +119,7 @@ class PPOConfig(Section):
     """Decay per optimizer step of an average of the policy's weights, saved beside it (the paper's 0.992; it does not
     say per what). Never sampled from."""
     zero_stage: ZeroStage = 1
-    """Of the policy's and the value model's learners."""
+    """Of the policy's and the value model's learners. One rank has nothing to shard: in float32 it uses 0 instead."""
     frozen_zero_stage: ZeroStage = 0
     """Reference and reward: whole on each rank (0) or sharded over the role's ranks (3)."""
 

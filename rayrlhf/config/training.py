@@ -40,7 +40,8 @@ class SupervisedConfig(Section):
     """Cosine decay ends at this share of the peak (the paper's 10 %)."""
     adam: Adam = Adam()
     zero_stage: ZeroStage = 0
-    """0 on one rank is the fastest; shard optimizer (1), gradients (2) or weights (3) when memory asks for it."""
+    """Shard optimizer (1), gradients (2) or weights (3) over the ranks when memory asks for it; 0 is the fastest. One
+    rank has nothing to shard: in float32 it uses 0 whatever is asked for."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward/backward on a rank."""
     log_every: PositiveInt = 10

@@ -43,6 +43,7 @@ class LossFunction(Protocol[M_contra]):
 @dataclass(frozen=True, slots=True)
 class LearnerSettings:
     zero_stage: int
+    """that is asked for; `Learner.zero_stage` is the one in use"""
     dtype: str
     device: str
     learning_rate: float
@@ -114,12 +115,16 @@ class Learner(_Engine):
         self.settings = settings
         if settings.activation_checkpointing:
             checkpoint_activations(module)
-        config = _learner_config(settings)
+        asks_for_zero = bool(settings.deepspeed.get("zero_optimization"))
+        self.zero_stage = zero_stage_in_use(settings.zero_stage, settings.dtype, self.world_size, asks_for_zero)
+        config = _learner_config(settings, self.zero_stage)
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
         self.module, self._call = self.engine.module, self.engine
+        # With no one to reduce with, DeepSpeed would copy the whole gradient twice. Only stage 0 can do without.
+        self.engine.enable_backward_allreduce = self.world_size > 1 or self.zero_stage > 0
         # With the optimizer on the host ZeRO 1 and 2 keep sums that are stale after a boundary within a step.
         offloaded = "offload_optimizer" in config["zero_optimization"]
-        self._tells_parts_apart = not (offloaded and _stage(settings) in (1, 2))
+        self._tells_parts_apart = not (offloaded and self.zero_stage in (1, 2))
         self.average = WeightAverage(self.module, settings.average, self.rank) if settings.average else None
         self.before_step: Callable[[], None] | None = None
         """Called once, when the next gradient is whole and before it is clipped; on every rank."""
@@ -153,7 +158,7 @@ class Learner(_Engine):
             group["lr"] = learning_rate
         first, second = self._equalised(micro_batches, dummy), self._equalised(rest, dummy)
         counts = [i < len(micro_batches) for i in range(len(first))] + [i < len(rest) for i in range(len(second))]
-        parts = GradientParts(self.module, self.rank, _stage(self.settings)) if measure else None
+        parts = GradientParts(self.module, self.rank, self.zero_stage) if measure else None
         total = 0.0
         for i, (micro_batch, counted) in enumerate(zip([*first, *second], counts, strict=True)):
             ends_part = i == len(counts) - 1 or (measure and i == len(first) - 1)
@@ -170,7 +175,7 @@ class Learner(_Engine):
             look()
         self.engine.step()
         # Without ZeRO in float32 DeepSpeed reports no norm; this rank's is then the whole gradient's.
-        norm = float(self.engine.get_global_grad_norm()) if _stage(self.settings) else local_norm
+        norm = float(self.engine.get_global_grad_norm()) if self.zero_stage else local_norm
         if not math.isfinite(norm):  # the same on every rank, so all of them stop
             raise TrainingError(
                 "the gradient's norm is too large for a float32, though every rank's share of it is not; this step's "
@@ -212,7 +217,7 @@ class Learner(_Engine):
     def _gathered(self, parameters: list[nn.Parameter]) -> Any:
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(parameters, enabled=_stage(self.settings) == 3)
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
 
 
 def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
@@ -225,8 +230,8 @@ def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
     }
 
 
-def _learner_config(settings: LearnerSettings) -> dict[str, Any]:
-    base = _base_config(_stage(settings), settings.dtype)
+def _learner_config(settings: LearnerSettings, zero_stage: int) -> dict[str, Any]:
+    base = _base_config(zero_stage, settings.dtype)
     return {
         **settings.deepspeed,
         **base,
@@ -246,10 +251,6 @@ def _learner_config(settings: LearnerSettings) -> dict[str, Any]:
             },
         },
     }
-
-
-def _stage(settings: LearnerSettings) -> int:
-    return zero_stage_in_use(settings.zero_stage, settings.dtype)
 
 
 def _numel(parameter: nn.Parameter) -> int:

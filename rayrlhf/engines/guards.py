@@ -348,6 +348,7 @@ def _write_report(learner: Learner, problem: str, search: _Search, micro_batches
         "role": settings.role,
         "rank": learner.rank,
         "ranks": _ranks(),
+        "zero_stage_in_use": learner.zero_stage,
         "optimizer_steps_before": learner.engine.global_steps,
         "first_bad_tensor_of_this_rank": search.first and search.first.record(),
         "largest_of_this_rank": {kind.name.lower(): f.record() for kind, f in search.largest.items()},

@@ -255,6 +255,7 @@ def test_every_rank_leaves_its_batch_and_what_it_found(stage: int, outcome: Outc
         description = outcome.description("nan_advantage", stage, rank)
         assert len(tokens) == len(description["loss_share_per_micro_batch"]) == rows
         assert description["settings"]["zero_stage"] == stage
+        assert description["zero_stage_in_use"] == (0 if outcome.world == 1 else stage)
         found = description["first_bad_tensor_of_this_rank"]
         if rank == outcome.world - 1:
             assert description["loss_share_per_micro_batch"][1] == "nan"

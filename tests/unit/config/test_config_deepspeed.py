@@ -95,9 +95,15 @@ def test_an_offloaded_optimizer_needs_zero_in_every_stage_that_is_run() -> None:
     Config.model_validate(tree({"offload_optimizer": "cpu"}, **stages))
 
 
+def test_one_rank_in_float32_shards_nothing_unless_zero_is_asked_for_by_its_own_keys() -> None:
+    assert [zero_stage_in_use(stage, "float32", 1, False) for stage in range(4)] == [0, 0, 0, 0]
+    assert [zero_stage_in_use(stage, "float32", 2, False) for stage in range(4)] == [0, 1, 2, 3]
+    assert [zero_stage_in_use(stage, "float32", 1, True) for stage in range(4)] == [0, 1, 2, 3]
+
+
 def test_in_bfloat16_zero_is_on_at_stage_1_whatever_is_asked_for() -> None:
-    assert [zero_stage_in_use(stage, "bfloat16") for stage in range(4)] == [1, 1, 2, 3]
-    assert [zero_stage_in_use(stage, "float32") for stage in range(4)] == [0, 1, 2, 3]
+    for ranks in (1, 2):
+        assert [zero_stage_in_use(stage, "bfloat16", ranks, False) for stage in range(4)] == [1, 1, 2, 3]
     Config.model_validate(tree({"offload_optimizer": "cpu"}, model={"path": "org/name", "dtype": "bfloat16"}))
 
 

@@ -144,6 +144,7 @@ class Guarded(PlainEngine):
         super().__init__(module)
         self.settings = Settings(max_loss, str(folder))
         self.engine = SimpleNamespace(global_steps=7)
+        self.zero_stage = 0
 
 
 @dataclass
