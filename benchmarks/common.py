@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["machine", "median_ratio", "print_result", "print_table", "timed_in_turns"]
+__all__ = ["machine", "paired_ratio", "print_result", "print_table", "timed_in_turns"]
 
 
 def timed_in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -36,9 +36,13 @@ def timed_in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> di
     return seconds
 
 
-def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """Of the quotients round by round, not the quotient of medians: a slow minute of the machine then cancels."""
-    return median(a / b for a, b in zip(over, under, strict=True))
+def paired_ratio(name: str, over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """`<name>_ratio`, the median of the quotients round by round, and `<name>_range`, the least and the largest.
+
+    Not the quotient of medians: what slows one round down slows both sides of it.
+    """
+    quotients = [a / b for a, b in zip(over, under, strict=True)]
+    return {f"{name}_ratio": median(quotients), f"{name}_range": [min(quotients), max(quotients)]}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -55,8 +59,14 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def print_result(result: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ deviation of the logarithm of --spread; responses are all but the first 16 token
 first of the shapes alone, since it takes three times as long.
 
 A token counts when it belongs to a sequence: padding does not. Times are medians of --rounds rounds, ratios medians of
-the ratios of each round. The last line is JSON.
+the ratios of each round, beside their range. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from common import machine, median_ratio, print_result, print_table, timed_in_turns
+from common import machine, paired_ratio, print_result, print_table, timed_in_turns
 from torch import Tensor, nn
 
 from rayrlhf.algorithms import ppo_policy_loss
@@ -182,9 +182,7 @@ class PlainLoop:
         return total
 
 
-def against_plain(
-    learner: Learner, plain: PlainLoop, experiences: Sequence[Experience], rounds: int
-) -> dict[str, float]:
+def against_plain(learner: Learner, plain: PlainLoop, experiences: Sequence[Experience], rounds: int) -> dict[str, Any]:
     cutting = Cutting(PPO.micro_batch_tokens)
     batches = cut_experiences(experiences, cutting, learner.device)
     tokens, everything = sum(len(e.old_logprobs) for e in experiences), [range(len(experiences))]
@@ -200,7 +198,7 @@ def against_plain(
         **gaps,
         "product_s": median(seconds["product"]),
         "plain_s": median(seconds["plain"]),
-        "product_over_plain_ratio": median_ratio(seconds["plain"], seconds["product"]),
+        **paired_ratio("product_over_plain", seconds["plain"], seconds["product"]),
     }
 
 
@@ -222,7 +220,7 @@ def check_agreement(product: nn.Module, plain: nn.Module, product_loss: float, p
 
 def packed_against_padded(
     learner: Learner, experiences: Sequence[Experience], longest: int, rounds: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     budget, device = PPO.micro_batch_tokens, learner.device
     tokens = sum(len(e.old_logprobs) for e in experiences)
     dummy = dummy_experience(experiences[0], device)
@@ -244,10 +242,10 @@ def packed_against_padded(
         name: partial(learner.train_step, loss, batches, dummy, PPO.learning_rate) for name, batches in ways.items()
     }
     seconds = timed_in_turns(sides, rounds)
-    result = {f"{name}_s": median(times) for name, times in seconds.items()}
+    result: dict[str, Any] = {f"{name}_s": median(times) for name, times in seconds.items()}
     result |= {f"{name}_cells": sum(b.batch.layout.tokens.numel() for b in bs) for name, bs in ways.items()}
     for other in ("padded", "padded_by_length"):
-        result[f"packed_over_{other}_ratio"] = median_ratio(seconds[other], seconds["packed"])
+        result |= paired_ratio(f"packed_over_{other}", seconds[other], seconds["packed"])
     return result
 
 
@@ -262,6 +260,7 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "against": other.replace("_", " "),
             "its tokens/s": round(row["tokens"] / row[f"{other}_s"]),
             "ratio": row[f"{side}_over_{other}_ratio"],
+            "from": row[f"{side}_over_{other}_range"],
         }
         for row in rows
         for side, other in pairs

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from common import machine, median_ratio, print_result, print_table, timed_in_turns
+from common import machine, paired_ratio, print_result, print_table, timed_in_turns
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.data.batching import Cutting
@@ -54,7 +54,7 @@ def _compare(hidden: int, layers: int, shortest: int, longest: int, device: torc
         "tokens": int(lengths.sum()),
         "padded_s": median(seconds["padded"]),
         "packed_s": median(seconds["packed"]),
-        "packed_over_padded_ratio": median_ratio(seconds["padded"], seconds["packed"]),
+        **paired_ratio("packed_over_padded", seconds["padded"], seconds["packed"]),
     }
 
 

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    arguments = ["--shapes=64x2,32x1", "--sequences=5", "--longest=64", "--rounds=1", "--threads=1"]
+    arguments = ["--shapes=64x2,32x1", "--sequences=5", "--longest=64", "--rounds=3", "--threads=1"]
     done = subprocess.run(
         [sys.executable, FOLDER / "learner.py", *arguments], capture_output=True, text=True, timeout=200, check=False
     )
@@ -40,6 +40,7 @@ def test_the_learners_last_line_has_positive_ratios_of_every_comparison(result: 
     assert {k for k in second if k.endswith("_ratio")} == against_plain, "padding is measured on the first shape"
     for row in result["rows"]:
         assert all(0 < row[k] < math.inf for k in row if k.endswith("_ratio"))
+        assert all(row[k][0] <= row[k.replace("_range", "_ratio")] <= row[k][1] for k in row if k.endswith("_range"))
     assert {"machine", "cpus", "threads", "torch"} <= result.keys()
 
 
@@ -52,6 +53,14 @@ def test_product_and_plain_loop_find_the_same_loss_and_come_to_the_same_weights(
 def test_padding_is_what_the_ways_of_cutting_differ_in(result: dict[str, Any]) -> None:
     row = result["rows"][0]
     assert row["tokens"] <= row["packed_cells"] <= row["padded_by_length_cells"] <= row["padded_cells"]
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second round was slow for both sides: of medians the quotient would be 4 / 2."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    found = common.paired_ratio("a_over_b", [3.0, 90.0, 4.0], [2.0, 30.0, 1.0])
+    assert found == {"a_over_b_ratio": 3.0, "a_over_b_range": [1.5, 4.0]}
 
 
 def test_sides_that_differ_in_loss_or_weights_end_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
