@@ -36,7 +36,7 @@ from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, SentBucket, WeightPublisher
 
-PER_ENGINE, BUCKETS, WARM_UP, START_S = 16, 4, 5, 600.0
+PER_ENGINE, BUCKETS, WARM_UP, START_S = 16, 1, 5, 600.0
 ROWS = [ProbeRow([1, 2], [3, 4])]
 MEMORY_STEPS = 100
 
@@ -60,10 +60,13 @@ class Engine(StandIn):
     def generate(
         self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
     ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
+        self.handed = []  # as in RolloutActor.generate
         for start in range(0, len(requests), at_once):
             part = requests[start : start + at_once]
             time.sleep(self.seconds * len(part) / len(requests))
-            yield [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, self.version) for r in part], [ray.put(b"")]
+            self.handed.append(ray.put(b""))
+            infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, self.version) for r in part]
+            yield infos, self.handed[-1:]
 
     def begin_update(self, version: int) -> None:
         self.sent: list[str] = []
@@ -128,7 +131,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
     os.environ["RAY_DEDUP_LOGS"] = "0"
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     rows = [asyncio.run(_measure(count, steps)) for count in map(int, actors.split(","))]
     facts = {**machine("cpu"), "steps": steps, "growth_ratio": rows[-1]["driver_cpu_ms"] / rows[0]["driver_cpu_ms"]}
     facts |= asyncio.run(_overlap()) | asyncio.run(_memory())

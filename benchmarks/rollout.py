@@ -34,7 +34,6 @@ from rayrlhf.types import PromptTokens, SampleRequest
 
 PAIRS, REQUESTS, LIMIT, PROMPT, START_S = 7, 128, 256, 32, 300.0
 SHAPE = FromScratch(vocab_size=2048, hidden_size=256, layers=4, heads=4, context=LIMIT + PROMPT)
-NO_EOS = 10**6  # lengths are given; nothing may end a response early
 # Ray runs its workers with this niceness; the plain processes get it too.
 NICE = 15
 
@@ -47,6 +46,7 @@ class Engine(RolloutEngine):
     def _sampling(self, request: SampleRequest, temperature: float | None) -> Any:
         params = super()._sampling(request, temperature)
         params.max_tokens = self.lengths[request.sample_id % REQUESTS]
+        params.ignore_eos, params.stop_token_ids = True, []  # lengths are given; nothing may end a response early
         return params
 
 
@@ -66,7 +66,7 @@ def main(
     pairs: int = PAIRS,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory() as folder:
         from_scratch(SHAPE, SHAPE.vocab_size, 0, 1, seed=0).lm.save_pretrained(folder)
         rows = [row for count in map(int, engines.split(",")) for row in asyncio.run(_measure(folder, count, pairs))]
@@ -152,6 +152,8 @@ class _Plain:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, settings, prompts))
+        # Libraries read it when they are imported: before anything of ours runs there.
+        os.environ.update(RolePlacement("rollout", 1, 0, 0, settings.threads).environment())
         self._process.start()
         self.pipe.recv()  # ready
 
@@ -162,7 +164,6 @@ class _Plain:
 
 def _serve(pipe: Connection, settings: EngineSettings, prompts: list[PromptTokens]) -> None:
     os.nice(NICE - os.nice(0))
-    os.environ.update(RolePlacement("rollout", 1, 0, 0, settings.threads).environment())
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -204,7 +205,7 @@ def _settings(folder: str, engines: int) -> EngineSettings:
         max_sequences=256,
         transport="shared_memory",
         run="bench",
-        eos=NO_EOS,
+        eos=0,
         trust_remote_code=False,
         deterministic=False,
     )

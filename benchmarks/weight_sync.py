@@ -84,7 +84,7 @@ def main(
     bucket_mib: float = 64.0,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     rows = []
     for size in sizes.split(","):
         for count in map(int, engines.split(",")):

@@ -23,7 +23,7 @@ from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, Weig
 
 __all__ = ["EnginePool", "ExpectedTokens", "RolloutActor"]
 
-# An engine hands over its share in about so many parts: scoring starts early, and the driver is not asked too often.
+# A batch arrives in about so many parts: scoring starts early, and the driver is not asked too often.
 PARTS = 8
 
 
@@ -179,7 +179,8 @@ class EnginePool:
         arriving: asyncio.Queue[RolloutBatch | None],
     ) -> None:
         if share:
-            at_once = len(share) if self._fixed else -(-len(share) // PARTS)
+            parts = 1 if self._fixed else -(-PARTS // len(self._serving))
+            at_once = -(-len(share) // parts)
             async for infos, handles in self._group.stream_rank(engine.rank, "generate", share, at_once, temperature):
                 arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.actors.rollout import PARTS, EnginePool, ExpectedTokens
+from rayrlhf.actors.rollout import EnginePool, ExpectedTokens
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.publish import Publication
@@ -66,13 +66,15 @@ async def drawn(pool: EnginePool, count: int) -> list[Any]:
     return [part async for part in pool.generate(requests(count))]
 
 
-def test_every_response_comes_once_in_parts_of_an_eighth_of_an_engines_share():
-    engines = Engines(2)
-    parts = asyncio.run(drawn(pool_of(engines), 20))
-    assert sorted(info.sample_id for part in parts for info in part.infos) == list(range(100, 120))
-    assert [-(-len(share) // PARTS) for share in engines.asked.values()] == engines.at_once
-    assert len(parts) > 2
-    assert all(len(part.handles) == 1 for part in parts)
+@pytest.mark.parametrize(("ranks", "parts"), [(1, 8), (2, 8), (3, 9), (8, 8), (16, 16)])
+def test_every_response_comes_once_in_about_eight_parts_or_one_from_each_engine(ranks: int, parts: int):
+    engines = Engines(ranks)
+    prompts = [PromptTokens(i, [1]) for i in range(144)]  # type: ignore[arg-type]
+    pool = EnginePool(engines, engines, Publisher(engines.log), prompts)  # type: ignore[arg-type]
+    got = asyncio.run(drawn(pool, 144))
+    assert sorted(info.sample_id for part in got for info in part.infos) == list(range(100, 244))
+    assert len(got) == parts
+    assert all(len(part.handles) == 1 for part in got)
 
 
 def test_fixed_shares_go_by_number_and_come_as_one_batch():
