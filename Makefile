@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-quick test test-unit check gpu-check format lock clean
+.PHONY: setup demo demo-quick test test-unit check bench gpu-check format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -27,6 +27,9 @@ test-unit: $(READY)  ## the fast ones
 
 check: $(READY)  ## lint, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+
+bench: $(READY)  ## the README's performance table, measured here (half an hour; nothing else should run)
+	@for name in rollout learner sync control; do $(BIN)/rayrlhf bench $$name || exit 1; done
 
 gpu-check:  ## what this machine's GPUs and packages allow, as a table (all skipped without a GPU)
 	@test -x $(BIN)/python || $(MAKE) setup

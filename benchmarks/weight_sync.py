@@ -165,7 +165,7 @@ async def _start(folder: str, engines: int, bucket_bytes: int) -> tuple[ActorGro
 
 async def _rounds(policy: ActorGroup, rollout: ActorGroup, folder: str, vocab: int, rounds: int) -> dict[str, Any]:
     publisher = WeightPublisher(probe_rows(vocab, 64, CONTEXT), "float32", None)
-    pool = EnginePool(rollout, policy, publisher)
+    pool = EnginePool(rollout, policy, publisher, [])
     publishes: list[Publication] = []
     copies: list[float] = []
     reloads: list[float] = []

@@ -110,6 +110,17 @@ def report(runs: Runs, output: Output = None) -> None:
     Console().print(f"the report is in {write_report(runs, output)}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="rollout, learner, sync or control", metavar="NAME")],
+) -> None:
+    """A benchmark of this machine: a table, and JSON as its last line (--json: that alone)."""
+    from rayrlhf.launch.bench import run_benchmark
+
+    raise typer.Exit(run_benchmark(name, context.args))
+
+
 def main() -> None:
     """Entry point: errors of ours become one message, never a traceback."""
     error = Console(stderr=True)
