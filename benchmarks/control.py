@@ -128,13 +128,14 @@ class Nothing:
 def main(
     actors: str = "2,8,32,64",
     steps: int = 40,
+    memory_steps: int = MEMORY_STEPS,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
     os.environ["RAY_DEDUP_LOGS"] = "0"
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     rows = [asyncio.run(_measure(count, steps)) for count in map(int, actors.split(","))]
     facts = {**machine("cpu"), "steps": steps, "growth_ratio": rows[-1]["driver_cpu_ms"] / rows[0]["driver_cpu_ms"]}
-    facts |= asyncio.run(_overlap()) | asyncio.run(_memory())
+    facts |= asyncio.run(_overlap()) | asyncio.run(_memory(memory_steps))
     ray.shutdown()
     if not as_json:
         print_table("driver CPU per rollout actor and step; stand-ins that take no time", rows)
@@ -164,9 +165,10 @@ async def _overlap() -> dict[str, float]:
     return {"sync_step_s": sides[False], "overlap_step_s": sides[True], "overlap_to_longer_side_ratio": ratio}
 
 
-async def _memory() -> dict[str, float]:
-    marks = await _run(8, MEMORY_STEPS + 20, 0.0, 0.0, overlap=False)
-    return {"driver_mib_after_20_steps": marks[19][2] / 2**20, "driver_mib_100_steps_later": marks[-1][2] / 2**20}
+async def _memory(steps: int) -> dict[str, float]:
+    marks = await _run(8, steps + 20, 0.0, 0.0, overlap=False)
+    grown = (marks[-1][2] - marks[19][2]) / 2**20
+    return {"memory_steps": steps, "driver_mib_after_20_steps": marks[19][2] / 2**20, "driver_mib_grown_since": grown}
 
 
 async def _run(engines: int, steps: int, generate_s: float, update_s: float, overlap: bool) -> list[Any]:

@@ -20,14 +20,18 @@ pytestmark = pytest.mark.integration
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+def last_line(script: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, FOLDER / f"{script}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     arguments = ["--shapes=64x2,32x1", "--sequences=5", "--longest=64", "--rounds=3", "--threads=1"]
-    done = subprocess.run(
-        [sys.executable, FOLDER / "learner.py", *arguments], capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return last_line("learner", *arguments)
 
 
 def test_the_learners_last_line_has_positive_ratios_of_every_comparison(result: dict[str, Any]) -> None:
@@ -75,3 +79,20 @@ def test_sides_that_differ_in_loss_or_weights_end_the_benchmark(monkeypatch: pyt
         other.bias[1] += learner.PPO.learning_rate
     with pytest.raises(SystemExit, match="learning rates apart"):
         learner.check_agreement(one, other, 2.0, 2.0)
+
+
+def test_the_publish_that_is_timed_is_a_whole_one() -> None:
+    (row,) = last_line("weight_sync", "--sizes=4M", "--engines=1", "--rounds=1")["rows"]
+    assert row["mib"] == pytest.approx(14.26, abs=0.01)
+    parts = row["gather"] + row["transfer"] + row["load"] + row["probe"]
+    # Hashing runs on both sides, and the policy's probe beside the engine's load.
+    assert parts < row["publish"]
+    assert row["publish_to_reload_ratio"] > 1, "it does what a reload does, and more"
+    assert row["moved_to_copy_ratio"] > 1
+
+
+def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
+    found = last_line("control", "--actors=2", "--steps=3", "--memory-steps=3")
+    assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
+    assert 1.0 <= found["overlap_to_longer_side_ratio"] < found["sync_step_s"] / 0.6
+    assert found["rows"][0]["driver_cpu_ms"] > 0
