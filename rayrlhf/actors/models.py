@@ -35,7 +35,7 @@ from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import SentBucket
-from rayrlhf.weights.transports import Sender, create_sender
+from rayrlhf.weights.transports import TRANSPORTS, Meeting, Sender, create_sender
 from rayrlhf.worlds.base import World, create_world
 
 __all__ = ["Judge", "ModelSettings", "PolicyActor", "ReferenceActor", "RewardActor", "ValueActor"]
@@ -228,7 +228,7 @@ class PolicyActor(_LearnerActor):
         s = self.settings
         assert s.learner is not None
         learner = Learner(load_policy(s.path, s.trust_remote_code), s.learner)
-        if learner.rank == 0 and self._sender is None:
+        if self._sender is None and (learner.rank == 0 or TRANSPORTS[s.transport].every_rank):
             self._sender = create_sender(s.transport, s.run)
         if self._tokenizer is None and (learner.rank == 0 or s.judge):
             from transformers import AutoTokenizer
@@ -277,6 +277,10 @@ class PolicyActor(_LearnerActor):
             scores[info.sample_id] = self._world.gold(prompts[info.prompt_id], text, not info.truncated)
         return scores
 
+    def meet(self, meeting: Meeting) -> None:
+        assert self._sender is not None  # asked of ranks that send
+        self._sender.meet(meeting)
+
     def start_publish(self, version: int, elsewhere: bool) -> SentBucket | None:
         """Cut the weights into buckets; the first of them, as `next_bucket`.
 
@@ -288,7 +292,7 @@ class PolicyActor(_LearnerActor):
         return self.next_bucket()
 
     def next_bucket(self) -> SentBucket | None:
-        """Gather, pack and fingerprint one bucket. Every rank takes part, rank 0 has something to say."""
+        """Gather, pack and fingerprint one bucket. Every rank takes part; those that send have something to say."""
         start, index = perf_counter(), self._sent
         tensors, last = next(self._buckets)
         self._sent += 1

@@ -20,6 +20,7 @@ from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
+from rayrlhf.weights.transports import TRANSPORTS, Meeting, Transport
 
 __all__ = ["EnginePool", "ExpectedTokens", "RolloutActor"]
 
@@ -61,6 +62,9 @@ class RolloutActor(Actor):
         self._arrivals.close()
         self._engine.close()
 
+    def meet(self, meeting: Meeting) -> None:
+        self._engine.meet(meeting)
+
     def begin_update(self, version: int) -> None:
         self._engine.begin_update(version)
 
@@ -99,25 +103,46 @@ class _Engine:
 class _Policy:
     """The policy's ranks as the publisher sees them: all take part, rank 0 speaks."""
 
-    def __init__(self, group: ActorGroup, engines: ActorGroup) -> None:
+    def __init__(self, group: ActorGroup, engines: ActorGroup, transport: Transport, workers: int) -> None:
+        """`workers`: of each engine."""
         self._group = group
         self._engines = engines
+        self._transport = transport
+        self._workers = workers
         self._elsewhere: bool | None = None
 
     async def start_publish(self, version: int) -> SentBucket:
         if self._elsewhere is None:
-            home, *away = await self._group.call_rank(0, "node"), *await self._engines.call("node")
-            self._elsewhere = any(node != home for node in away)
-        bucket: SentBucket = (await self._group.call("start_publish", version, self._elsewhere))[0]
-        return bucket
+            self._elsewhere = await self._connect()
+        return _joined(await self._group.call("start_publish", version, self._elsewhere))
 
     async def next_bucket(self) -> SentBucket:
-        bucket: SentBucket = (await self._group.call("next_bucket"))[0]
-        return bucket
+        return _joined(await self._group.call("next_bucket"))
+
+    async def _connect(self) -> bool:
+        """Let sender and engines meet, where they must; whether an engine needs its buckets through Ray."""
+        if not self._transport.meets:
+            home, *away = await self._group.call_rank(0, "node"), *await self._engines.call("node")
+            return any(node != home for node in away)
+        address, port = await self._group.call_rank(0, "free_address")
+        world = 1 + self._engines.ranks * self._workers
+        ranks = [1 + engine * self._workers for engine in range(self._engines.ranks)]
+        await asyncio.gather(
+            self._group.call_rank(0, "meet", Meeting(address, port, world, 0)),
+            self._engines.call("meet", each=[(Meeting(address, port, world, rank),) for rank in ranks]),
+        )
+        return False
 
     async def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         logprobs: list[float] = (await self._group.call("probe", rows))[0]
         return logprobs
+
+
+def _joined(sent: Sequence[SentBucket | None]) -> SentBucket:
+    """Rank 0's bucket, with the handles that further ranks hold of the same bytes."""
+    first, *others = [bucket for bucket in sent if bucket is not None]
+    handles = {gpu: handle for bucket in others for gpu, handle in bucket.ticket["handles"].items()}
+    return replace(first, ticket=first.ticket | {"handles": first.ticket["handles"] | handles}) if handles else first
 
 
 class EnginePool:
@@ -130,11 +155,16 @@ class EnginePool:
         publisher: WeightPublisher,
         prompts: Sequence[PromptTokens],
         fixed: bool = False,
+        transport: str = "shared_memory",
+        workers: int = 1,
     ) -> None:
-        """`fixed`: which engine draws a response, and with which others, depends on its number alone."""
+        """`workers`: of each engine.
+
+        `fixed`: which engine draws a response, and with which others, depends on its number alone.
+        """
         self._group = engines
         self._engines = [_Engine(engines, rank) for rank in range(engines.ranks)]
-        self._policy = _Policy(policy, engines)
+        self._policy = _Policy(policy, engines, TRANSPORTS[transport], workers)
         self._publisher = publisher
         self._fixed = fixed
         self._lengths = ExpectedTokens({p.prompt_id: len(p.tokens) for p in prompts})

@@ -182,6 +182,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _gpu_transports_have_gpus(self) -> Config:
+        if self.weights.transport in ("nccl", "ipc") and self.cluster.device == "cpu":
+            raise ValueError(
+                f"weights.transport is {self.weights.transport} but cluster.device is cpu: take shared_memory"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _timing_decides_nothing_that_is_to_be_repeated(self) -> Config:
         pacing = self.ppo.pacing
         if self.run.deterministic and pacing.kind == "overlap" and pacing.max_staleness > 1:

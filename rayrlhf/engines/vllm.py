@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
@@ -18,6 +18,7 @@ from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, Rollout, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt
+from rayrlhf.weights.transports import Meeting
 
 __all__ = ["EngineSettings", "RolloutEngine"]
 
@@ -136,6 +137,10 @@ class RolloutEngine:
             seed=request.seed,
             detokenize=False,
         )
+
+    def meet(self, meeting: Meeting) -> None:
+        """Join the group of a transport that has one; `meeting` has the rank of the first worker."""
+        self._rpc("meet_sender", asdict(meeting))
 
     def begin_update(self, version: int) -> None:
         """From here on nothing is sampled until `commit`."""

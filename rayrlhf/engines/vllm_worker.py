@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from rayrlhf.weights.buckets import BucketHeader, fingerprint, unpack
-from rayrlhf.weights.transports import Receiver, create_receiver
+from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
 
 __all__ = ["BACKEND", "WeightReceiver", "WorkerExtension"]
 
@@ -57,6 +57,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver: Receiver = create_receiver(init_info.transport)
         self._held = {name for name, _ in self.model.named_parameters()}
         self._begin()
+
+    def meet(self, meeting: Meeting) -> None:
+        self._receiver.meet(meeting)
 
     def _begin(self) -> None:
         self.fingerprints: list[str] = []
@@ -112,6 +115,11 @@ class WorkerExtension:
         """Forget an update that broke off half-way, so that the next one can start."""
         if getattr(self, "_weight_update_active", False):
             self._weight_update_active = False
+
+    def meet_sender(self, meeting: dict[str, Any]) -> None:
+        """Join the sender's group; `meeting` has the rank of this engine's first worker."""
+        engine = self.weight_transfer_engine
+        engine.meet(Meeting(**{**meeting, "rank": meeting["rank"] + engine.parallel_config.rank}))
 
     def memory_bytes(self) -> int:
         """Device memory in use on a GPU; 0 on CPU, where the actor's own resident size tells."""

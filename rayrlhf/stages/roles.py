@@ -101,7 +101,8 @@ class RoleSet:
         rows = probe_rows(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
         publisher = WeightPublisher(rows, config.model.dtype, config.weights.probe_tolerance)
         engines, policy, fixed = self.groups["rollout"], self.groups["policy"], config.run.deterministic
-        return EnginePool(engines, policy, publisher, self._prompts, fixed)
+        transport, workers = config.weights.transport, config.rollout.tensor_parallel
+        return EnginePool(engines, policy, publisher, self._prompts, fixed, transport, workers)
 
     async def hold_text(self, blocks: np.ndarray) -> None:
         await self.groups["policy"].call("hold_text", ray.put(blocks))

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import xxhash
 
-__all__ = ["BucketHeader", "TensorSpec", "bucket_plan", "fingerprint", "pack", "unpack"]
+__all__ = ["BucketHeader", "TensorSpec", "bucket_plan", "device_sums", "fingerprint", "pack", "unpack"]
 
 # Tensors start at multiples of this, so that a view in any dtype is aligned.
 ALIGNMENT = 64
+# Odd, and without a pattern in their bits: the golden ratio's and pi's first 63.
+MIXERS = (0x4F1BBCDCBFA53E0B, 0x3243F6A8885A308D)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,34 @@ def unpack(header: BucketHeader, buffer: torch.Tensor) -> Iterator[tuple[str, to
 
 
 def fingerprint(header: BucketHeader, buffer: torch.Tensor) -> str:
-    """128-bit xxh3 over the header and every tensor's bytes (the gaps between them are not covered)."""
+    """128-bit xxh3 over the header and every tensor's bytes (the gaps between them are not covered).
+
+    Bytes on a GPU stay there: the hash is then over `device_sums` of each tensor. Both sides hold a bucket on the same
+    kind of device, so both take the same way.
+    """
     digest = xxhash.xxh3_128(repr(header).encode())
-    for spec in header.specs:
-        digest.update(buffer[spec.offset : spec.offset + spec.nbytes].numpy().data)
+    parts = [buffer[spec.offset : spec.offset + spec.nbytes] for spec in header.specs]
+    if buffer.is_cuda:
+        digest.update(torch.stack([device_sums(part) for part in parts]).cpu().numpy().data)
+    else:
+        for part in parts:
+            digest.update(part.numpy().data)
     return digest.hexdigest()
+
+
+def device_sums(data: torch.Tensor) -> torch.Tensor:
+    """Two sums of uint8 [n] read as 64-bit words, each word times an odd factor that depends on its place, modulo 2^64.
+
+    A flipped bit changes a sum by an odd multiple of a power of two below 2^64, so never by 0; words that changed
+    places change both, but for chance.
+
+    Returns:
+        int64 [2], on the device of `data`.
+    """
+    short = -data.numel() % 8
+    words = torch.nn.functional.pad(data, (0, short)).view(torch.int64) if short else data.view(torch.int64)
+    places = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=data.device)
+    return torch.stack([(words * ((places * k) ^ ((places * k) >> 29) | 1)).sum() for k in MIXERS])
 
 
 def _view(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """How the bytes of a bucket travel, a file per transport, chosen by `weights.transport`.
 
-    sender (policy rank 0)                                   receiver (inside each vLLM worker)
+    sender (policy rank 0, or every rank)                    receiver (inside each vLLM worker)
+    meet(meeting)           -- once, all at the same time -- meet(meeting)                 where `meets`
     reserve(nbytes) -> memory to pack into
     send(header) -> ticket  -- the driver relays it -->      receive(ticket) -> the bytes, a copy of its own
     close()
@@ -12,6 +13,7 @@ one only when every engine has taken bucket k.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -20,21 +22,47 @@ import torch
 from rayrlhf.errors import ConfigError
 from rayrlhf.weights.buckets import BucketHeader
 
-__all__ = ["TRANSPORTS", "Receiver", "Sender", "create_receiver", "create_sender"]
+__all__ = ["TRANSPORTS", "Meeting", "Receiver", "Sender", "Transport", "create_receiver", "create_sender"]
 
 Ticket = dict[str, Any]
 
-# name -> module with `create_sender(run)` and `create_receiver()`
-TRANSPORTS = {"shared_memory": "rayrlhf.weights.transports.shared_memory"}
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    module: str
+    """with `create_sender(run)` and `create_receiver()`"""
+    meets: bool = False
+    """sender and receivers form a group before the first bucket"""
+    every_rank: bool = False
+    """each rank of the policy sends to the workers near it; the tickets' `handles` are joined"""
+
+
+TRANSPORTS = {
+    "shared_memory": Transport("rayrlhf.weights.transports.shared_memory"),
+    "nccl": Transport("rayrlhf.weights.transports.nccl", meets=True),
+    "ipc": Transport("rayrlhf.weights.transports.ipc", every_rank=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where a group forms, and who one of it is; the sender is rank 0."""
+
+    address: str
+    port: int
+    world_size: int
+    rank: int
 
 
 class Sender(Protocol):
+    def meet(self, meeting: Meeting) -> None: ...
     def reserve(self, nbytes: int) -> torch.Tensor: ...
     def send(self, header: BucketHeader) -> Ticket: ...
     def close(self) -> None: ...
 
 
 class Receiver(Protocol):
+    def meet(self, meeting: Meeting) -> None: ...
     def receive(self, ticket: Ticket) -> torch.Tensor: ...
     def close(self) -> None: ...
 
@@ -52,5 +80,5 @@ def create_receiver(transport: str) -> Receiver:
 def _factory(transport: str, name: str) -> Callable[..., Any]:
     if transport not in TRANSPORTS:
         raise ConfigError(f"weights.transport: no transport {transport!r}", f"one of {', '.join(sorted(TRANSPORTS))}")
-    factory: Callable[..., Any] = getattr(import_module(TRANSPORTS[transport]), name)
+    factory: Callable[..., Any] = getattr(import_module(TRANSPORTS[transport].module), name)
     return factory

@@ -14,6 +14,7 @@ import torch
 
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.weights.buckets import BucketHeader
+from rayrlhf.weights.transports import Meeting
 
 __all__ = ["create_receiver", "create_sender"]
 
@@ -71,6 +72,9 @@ class _Sender:
         self._segments = [_Segment(folder / f"{PREFIX}{run}-{os.getpid()}-{i}") for i in range(SEGMENTS)]
         self._turn = 0
 
+    def meet(self, meeting: Meeting) -> None:
+        """The ticket says everything."""
+
     def reserve(self, nbytes: int) -> torch.Tensor:
         self._turn = (self._turn + 1) % SEGMENTS
         return self._segments[self._turn].at_least(nbytes)
@@ -84,6 +88,9 @@ class _Sender:
 
 
 class _Receiver:
+    def meet(self, meeting: Meeting) -> None:
+        """The ticket says everything."""
+
     def receive(self, ticket: dict[str, Any]) -> torch.Tensor:
         header = BucketHeader.from_dict(ticket["header"])
         # A copy of its own per bucket: the engine's loader keeps references until a layer is complete, and the

@@ -261,6 +261,21 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "ppo: batch_size 12 is not a multiple of samples_per_prompt 8",
         ),
         (["ppo.old_logprobs=rollout"], "ppo: old_logprobs rollout needs importance_cap (2.0 is usual)"),
+        (["ppo.pacing.kind=overlap"], "ppo: pacing.kind overlap needs importance_cap (2.0 is usual)"),
+        (
+            ["ppo.pacing.kind=overlap", "ppo.importance_cap=2.0", "ppo.old_logprobs=rollout"],
+            "ppo: pacing.kind overlap and old_logprobs rollout contradict each other",
+        ),
+        (
+            [
+                "run.deterministic=true",
+                "ppo.pacing.kind=overlap",
+                "ppo.importance_cap=2.0",
+                "ppo.pacing.max_staleness=2",
+            ],
+            "run.deterministic and ppo.pacing.max_staleness 2 contradict each other",
+        ),
+        (["weights.transport=nccl"], "weights.transport is nccl but cluster.device is cpu: take shared_memory"),
         (["ppo.steps=3", "ppo.value_warmup_steps=3"], "ppo: value_warmup_steps 3 leaves the policy none of 3"),
         (["ppo.ptx.coef=1.0", "data.text=[]", "run.stages=[ppo]"], "ppo.ptx.coef is set but data.text is empty"),
         (["model.from_scratch=null"], "model: name a model with path, or describe one with from_scratch"),

@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayrlhf.weights.buckets import BucketHeader, TensorSpec, bucket_plan, fingerprint, pack, unpack
+from rayrlhf.weights.buckets import BucketHeader, TensorSpec, bucket_plan, device_sums, fingerprint, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
 SIZES = st.lists(st.integers(0, 500), max_size=40)
@@ -172,3 +172,24 @@ def test_two_tensors_swapped_under_their_names_change_the_fingerprint():
     assert fingerprint(*pack([("a", x), ("b", y)], 0, 0, reserve)) != fingerprint(
         *pack([("a", y), ("b", x)], 0, 0, reserve)
     )
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_flipped_bit_changes_the_sums_that_a_gpu_takes(data, draw):
+    place, bit = draw.draw(st.integers(0, len(data) - 1)), draw.draw(st.integers(0, 7))
+    flipped = bytearray(data)
+    flipped[place] ^= 1 << bit
+    sums = [device_sums(torch.frombuffer(bytearray(d), dtype=torch.uint8)) for d in (data, flipped)]
+    assert sums[0].shape == (2,)
+    assert bool((sums[0] != sums[1]).all())
+
+
+def test_words_that_changed_places_change_the_sums_that_a_gpu_takes():
+    words = torch.arange(1, 1001, dtype=torch.int64)
+    found = {tuple(device_sums(words.view(torch.uint8)).tolist())}
+    for i in range(999):
+        swapped = words.clone()
+        swapped[i], swapped[i + 1] = words[i + 1], words[i]
+        found.add(tuple(device_sums(swapped.view(torch.uint8)).tolist()))
+    assert len(found) == 1000
