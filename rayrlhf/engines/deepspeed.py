@@ -240,10 +240,10 @@ def _learner_config(settings: LearnerSettings, zero_stage: int) -> dict[str, Any
         "optimizer": {
             "type": "AdamW",
             "params": {
-                # DeepSpeed's own is compiled on first use, and hangs on a CPU. torch's, fused into one pass over the
-                # weights, runs where they are: on the GPU, or on the host when they are offloaded.
+                # DeepSpeed's own is compiled on first use, and hangs on a CPU. torch's runs where the weights are, and
+                # is fused into one pass over them on a GPU (on a CPU that gains nothing, and rounds otherwise).
                 "torch_adam": True,
-                "fused": True,
+                **({"fused": True} if settings.device == "cuda" else {}),
                 "lr": settings.learning_rate,
                 "betas": list(settings.betas),
                 "eps": settings.eps,

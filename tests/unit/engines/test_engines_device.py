@@ -68,8 +68,8 @@ def test_the_beginnings_of_sequences_stay_on_the_host_so_that_no_position_waits_
     assert spans(layout[0], [1], [5]).device.type == last_tokens(layout[0], [5]).device.type == "meta"
 
 
-def test_adam_is_torchs_fused_one() -> None:
-    optimizer = _learner_config(settings(), 2)["optimizer"]
+def test_adam_is_torchs_and_fused_on_a_gpu() -> None:
+    optimizer = _learner_config(settings(device="cuda"), 2)["optimizer"]
     assert optimizer == {
         "type": "AdamW",
         "params": {
@@ -81,10 +81,11 @@ def test_adam_is_torchs_fused_one() -> None:
             "weight_decay": 0.1,
         },
     }
+    assert "fused" not in _learner_config(settings(), 2)["optimizer"]["params"]
 
 
 def test_torchs_adamw_takes_what_deepspeed_hands_on_to_it() -> None:
-    params = _learner_config(settings(), 2)["optimizer"]["params"]
+    params = _learner_config(settings(device="cuda"), 2)["optimizer"]["params"]
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)], **{k: v for k, v in params.items() if k != "torch_adam"})
 
 
