@@ -288,13 +288,15 @@ class PolicyActor(_LearnerActor):
             elsewhere: an engine is on another node than this role's rank 0.
         """
         self._version, self._elsewhere, self._sent = version, elsewhere, 0
-        self._buckets = self.engine.named_buckets(self._published_module(), self.settings.bucket_bytes)
+        asked = self._published_module(), self.settings.bucket_bytes
+        self._last = len(self.engine.bucket_names(*asked)) - 1
+        self._buckets = self.engine.named_buckets(*asked)
         return self.next_bucket()
 
     def next_bucket(self) -> SentBucket | None:
         """Gather, pack and fingerprint one bucket. Every rank takes part; those that send have something to say."""
         start, index = perf_counter(), self._sent
-        tensors, last = next(self._buckets)
+        tensors, last = next(self._buckets), index == self._last
         self._sent += 1
         try:
             if self._sender is None:

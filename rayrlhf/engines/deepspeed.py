@@ -186,26 +186,26 @@ class Learner(_Engine):
             self.average.update()
         return {"loss": total, "grad_norm": norm} | (parts.norms(self.device) if parts else {})
 
-    def named_buckets(
-        self, module: nn.Module, bucket_bytes: int
-    ) -> Generator[tuple[list[tuple[str, Tensor]], bool], None, None]:
-        """The whole parameters of `module`, bucket by bucket, each with whether it is the last.
+    def bucket_names(self, module: nn.Module, bucket_bytes: int) -> list[list[str]]:
+        """Which parameters of `module` go together in `named_buckets`."""
+        sizes = [(n, _numel(p) * p.element_size()) for n, p in publish_names(module)]
+        return bucket_plan(sizes, bucket_bytes)
 
-        Under ZeRO-3 a bucket is gathered, and let go when the next one is asked for (or the generator closed).
+    def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Generator[list[tuple[str, Tensor]], None, None]:
+        """The whole parameters of `module`, bucket by bucket.
 
-        A collective under ZeRO-3: every rank must walk through it in step.
+        Under ZeRO-3 a bucket is gathered, and let go when the next one is asked for (or the generator closed): a
+        collective, and every rank must walk through it in step.
         """
         parameters = dict(publish_names(module))
-        sizes = [(n, _numel(p) * p.element_size()) for n, p in parameters.items()]
-        plan = bucket_plan(sizes, bucket_bytes)
-        for index, names in enumerate(plan):
+        for names in self.bucket_names(module, bucket_bytes):
             with self._gathered([parameters[n] for n in names]):
-                yield [(n, parameters[n].data) for n in names], index + 1 == len(plan)
+                yield [(n, parameters[n].data) for n in names]
 
     def save_pretrained(self, module: Any, folder: Path, bucket_bytes: int = 2**28) -> None:
         """Write `module` (a Hugging Face model) as safetensors; rank 0 writes, all ranks take part."""
         state: dict[str, Tensor] = {}
-        for bucket, _ in self.named_buckets(module, bucket_bytes):
+        for bucket in self.named_buckets(module, bucket_bytes):
             if self.rank == 0:
                 state.update((name, tensor.detach().to("cpu", copy=True)) for name, tensor in bucket)
         if self.rank == 0:
