@@ -114,8 +114,8 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     plain_config = engine._learner_config
 
-    def fused_config(settings: engine.LearnerSettings) -> dict[str, Any]:
-        config = plain_config(settings)
+    def fused_config(settings: engine.LearnerSettings, zero_stage: int) -> dict[str, Any]:
+        config = plain_config(settings, zero_stage)
         config["optimizer"]["params"]["fused"] = True
         return config
 
