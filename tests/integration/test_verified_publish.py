@@ -19,7 +19,7 @@ import torch
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.models.build import PolicyModel, from_scratch
-from rayrlhf.types import PromptTokens, SampleRequest
+from rayrlhf.types import PromptTokens, Rollout, SampleRequest
 from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack
 from rayrlhf.weights.names import publish_names
 from rayrlhf.weights.probe import ProbeRow, probe_rows
@@ -175,12 +175,18 @@ def requests() -> list[SampleRequest]:
     return [SampleRequest(i, i, seed=100 + i) for i in range(4)]
 
 
+def sampled(engine: Any, asked: list[SampleRequest]) -> list[Rollout]:
+    """The responses in the order of their numbers; engines hand them over as they are finished."""
+    got = [rollout for part in engine.generate(asked, at_once=3) for rollout in part]
+    return sorted(got, key=lambda rollout: rollout.info.sample_id)
+
+
 def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(healthy: Pair) -> None:
     # Fills the prefix cache with the old weights' keys and values.
-    healthy.engine.generate([*requests(), SampleRequest(LONG, LONG, seed=1)])
+    sampled(healthy.engine, [*requests(), SampleRequest(LONG, LONG, seed=1)])
     healthy.policy.train()
     assert healthy.publish().buckets >= 3
-    for rollout in healthy.engine.generate([*requests(), SampleRequest(LONG, LONG, seed=1)]):
+    for rollout in sampled(healthy.engine, [*requests(), SampleRequest(LONG, LONG, seed=1)]):
         tokens = torch.from_numpy(rollout.tokens).long()[None]
         with torch.no_grad():
             logits = healthy.policy.model.lm(input_ids=tokens).logits[0].double() / 0.7
@@ -191,14 +197,14 @@ def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(heal
 
 
 def test_the_same_seed_draws_the_same_tokens(healthy: Pair) -> None:
-    first, second = healthy.engine.generate(requests()), healthy.engine.generate(requests())
+    first, second = sampled(healthy.engine, requests()), sampled(healthy.engine, requests())
     assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]
 
 
 def test_more_prompt_tokens_than_one_pass_takes_are_sampled_all_the_same(healthy: Pair) -> None:
     many = [SampleRequest(i, i % 4, seed=i) for i in range(256)]
     assert sum(25 for _ in many) > 4096
-    rollouts = healthy.engine.generate(many)
+    rollouts = sampled(healthy.engine, many)
     assert [r.info.sample_id for r in rollouts] == list(range(256))
     assert all(r.info.response_tokens == len(r.logprobs) >= 1 for r in rollouts)
 
@@ -218,7 +224,7 @@ def test_a_spoiled_publish_is_found_and_the_engine_serves_nothing(healthy: Pair,
         healthy.publish()
     assert healthy.engine.version is None
     with pytest.raises(WeightSyncError, match="no verified weights"):
-        healthy.engine.generate(requests())
+        sampled(healthy.engine, requests())
 
 
 def test_a_head_that_stayed_old_is_found(healthy: Pair) -> None:
@@ -232,7 +238,7 @@ def test_a_head_that_stayed_old_is_found(healthy: Pair) -> None:
 
 def test_a_prefix_cache_that_was_not_reset_is_found(healthy: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healthy.engine._llm, "reset_prefix_cache", lambda: True)
-    healthy.engine.generate([SampleRequest(0, LONG, seed=1)])  # its keys and values stay cached
+    sampled(healthy.engine, [SampleRequest(0, LONG, seed=1)])  # its keys and values stay cached
     healthy.policy.train()
     with pytest.raises(WeightSyncError, match="prefix cache still holds keys and values of the old weights"):
         healthy.publish()
