@@ -49,10 +49,9 @@ BLOCKS = np.random.default_rng(17).integers(2, VOCAB, (6, 12)).astype(np.int32)
 TEXT_ROWS = [5, 0, 3]
 KL_COEF, GAMMA, LAM = 0.1, 0.99, 0.95
 MIX_COEF = 0.5
-# Ranks and ZeRO stage of a learner. One rank in float32 has one stage, whatever is asked of it.
-STAGES = [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
-# Of the models that only score, one rank has both.
-SCORED_AT = [(1, 1), (1, 3), (2, 1), (2, 3)]
+STAGES = [0, 1, 2, 3]
+# A key of ZeRO's own (DeepSpeed's default): else one rank, which has nothing to shard, would go back to stage 0.
+AS_ASKED = {"zero_optimization": {"allgather_partitions": True}}
 # One row at a time, a few, all at once; and the optimizer that steps. Padded rows, then packed ones.
 BUDGETS = {
     (16, False): "adamw",
@@ -345,14 +344,17 @@ def new_learner(module: nn.Module, stage: int, kind: str = "adamw") -> Any:
         max_loss=1e4,
         failed_folder="failed",
         role="test",
+        deepspeed=AS_ASKED,
     )
-    return Learner(module, settings)
+    learner = Learner(module, settings)
+    assert learner.zero_stage == stage
+    return learner
 
 
-def updates(world: int) -> dict[str, Any]:
+def updates() -> dict[str, Any]:
     results = {}
     for task, architecture, head in CASES:
-        for stage in (s for ranks, s in STAGES if ranks == world):
+        for stage in STAGES:
             for budget, kind in BUDGETS.items():
                 module = TASKS[task].module(architecture, HEADS[head])
                 learner = new_learner(module, stage, kind)
@@ -408,7 +410,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
 
     join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     found = {(a, s): estimates(a, s, rank, world) for a in ARCHITECTURES for s in (1, 3)}
-    done = updates(world)
+    done = updates()
     torch.save((found, done if rank == 0 else {}), Path(folder) / f"{rank}.pt")
     deepspeed.comm.barrier()
     gc.unfreeze()
@@ -418,22 +420,17 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[dict, dict]]:
-    """By number of ranks: (experience by architecture, stage and sample; updates by case, stage and budget)"""
-
-    @cache
-    def of(ranks: int) -> tuple[dict, dict]:
-        folder = tmp_path_factory.mktemp("agreement")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.spawn(work, args=(ranks, port, str(folder)), nprocs=ranks)
-        done = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-        found = {key: dict(pair for made, _ in done for pair in made[key]) for key in done[0][0]}
-        return found, done[0][1]
-
-    return of
+@pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """(experience by architecture, stage and sample; updates by case, stage and budget)"""
+    folder = tmp_path_factory.mktemp("agreement")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(request.param, port, str(folder)), nprocs=request.param)
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
+    found = {key: dict(pair for made, _ in ranks for pair in made[key]) for key in ranks[0][0]}
+    return found, ranks[0][1]
 
 
 @pytest.fixture(scope="module")
@@ -447,14 +444,12 @@ def bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize(("ranks", "stage"), STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_an_optimizer_step_is_the_references(
-    case: tuple[str, str, str], ranks: int, stage: int, results, expected
-) -> None:
+def test_an_optimizer_step_is_the_references(case: tuple[str, str, str], stage: int, results, expected) -> None:
     for budget, kind in BUDGETS.items():
         want = expected[*case, kind]
-        losses, norm, parts, gradients, weights = results(ranks)[1][*case, stage, budget]
+        losses, norm, parts, gradients, weights = results[1][*case, stage, budget]
         gradients, weights = bare(gradients), bare(weights)
         where = f"budget {budget}, {kind}: "
         assert losses == pytest.approx(want.losses, rel=1e-6), where + "loss"
@@ -483,12 +478,12 @@ def weight_difference(got: dict[str, Tensor], want: dict[str, Tensor], kind: str
     return None
 
 
-@pytest.mark.parametrize(("ranks", "stage"), SCORED_AT)
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_and_experience_are_the_references(architecture: str, ranks: int, stage: int, results) -> None:
+def test_scores_and_experience_are_the_references(architecture: str, stage: int, results) -> None:
     scored = expected_scores(architecture)
     estimated = reference.estimate(scored, KL_COEF, "k1", GAMMA, LAM)
-    found = results(ranks)[0][architecture, stage]
+    found = results[0][architecture, stage]
     assert sorted(found) == list(range(len(scored)))
     for sample, (s, e) in enumerate(zip(scored, estimated, strict=True)):
         want = {
