@@ -15,7 +15,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["machine", "paired_ratio", "print_result", "print_table", "timed_in_turns"]
+from rayrlhf.engines.vllm import EngineSettings
+
+__all__ = ["engine_settings", "machine", "paired_ratio", "print_result", "print_table", "timed_in_turns"]
 
 
 def timed_in_turns(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -51,6 +53,28 @@ def machine(device: str) -> dict[str, Any]:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def engine_settings(folder: str, context: int, max_tokens: int, max_sequences: int, threads: int) -> EngineSettings:
+    """A float32 engine on the CPU for the model in `folder`."""
+    return EngineSettings(
+        model=folder,
+        dtype="float32",
+        device="cpu",
+        context=context,
+        max_tokens=max_tokens,
+        temperature=1.0,
+        tensor_parallel=1,
+        threads=threads,
+        kv_cache_gib=1,
+        gpu_memory_utilization=0.5,
+        max_sequences=max_sequences,
+        transport="shared_memory",
+        run="bench",
+        eos=0,
+        trust_remote_code=False,
+        deterministic=False,
+    )
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

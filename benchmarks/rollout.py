@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import numpy as np
 import ray
 import typer
-from common import machine, print_result, print_table
+from common import engine_settings, machine, print_result, print_table
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
@@ -88,7 +88,8 @@ def given_lengths(kind: str) -> list[int]:
 
 async def _measure(folder: str, engines: int, pairs: int) -> list[dict[str, Any]]:
     """A row for each kind of lengths."""
-    settings, prompts = _settings(folder, engines), _prompts()
+    threads = max(1, (os.cpu_count() or 1) // engines)
+    settings, prompts = engine_settings(folder, LIMIT + PROMPT, LIMIT, 256, threads), _prompts()
     group = ActorGroup(RolePlacement("rollout", engines, 0.5, 0, settings.threads), START_S)
     logs = f"{tempfile.gettempdir()}/rayrlhf-rollout"
     await group.spawn(Rollout, [(f"{logs}/rollout-{i}.log", settings) for i in range(engines)], START_S)
@@ -188,27 +189,6 @@ def _engine(settings: EngineSettings, prompts: Sequence[PromptTokens]) -> Engine
 def _prompts() -> list[PromptTokens]:
     rng = np.random.default_rng(1)
     return [PromptTokens(i, rng.integers(5, SHAPE.vocab_size, PROMPT).astype(np.int32)) for i in range(REQUESTS)]
-
-
-def _settings(folder: str, engines: int) -> EngineSettings:
-    return EngineSettings(
-        model=folder,
-        dtype="float32",
-        device="cpu",
-        context=LIMIT + PROMPT,
-        max_tokens=LIMIT,
-        temperature=1.0,
-        tensor_parallel=1,
-        threads=max(1, (os.cpu_count() or 1) // engines),
-        kv_cache_gib=1,
-        gpu_memory_utilization=0.5,
-        max_sequences=256,
-        transport="shared_memory",
-        run="bench",
-        eos=0,
-        trust_remote_code=False,
-        deterministic=False,
-    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import ray
 import torch
 import typer
-from common import machine, print_result, print_table
+from common import engine_settings, machine, print_result, print_table
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import ModelSettings, PolicyActor
@@ -29,13 +29,11 @@ from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.config.model import FromScratch
 from rayrlhf.data.batching import Cutting
-from rayrlhf.driver.loop import PUBLISH_PARTS
 from rayrlhf.engines.deepspeed import LearnerSettings
-from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.models.build import from_scratch
 from rayrlhf.types import PromptTokens
 from rayrlhf.weights.probe import probe_rows
-from rayrlhf.weights.publish import Publication, WeightPublisher
+from rayrlhf.weights.publish import PUBLISH_PARTS, Publication, WeightPublisher
 
 ROUNDS, CONTEXT, EOS, START_S = 7, 128, 0, 300.0
 # The last one has the bytes of 4M in 17 times as many tensors.
@@ -138,24 +136,7 @@ async def _start(folder: str, engines: int, bucket_bytes: int) -> tuple[ActorGro
         await policy.call("start", each=[(r,) for r in await policy.rendezvous("cpu", False, START_S)])
 
     async def start_engines() -> None:
-        engine = EngineSettings(
-            model=folder,
-            dtype="float32",
-            device="cpu",
-            context=CONTEXT,
-            max_tokens=32,
-            temperature=1.0,
-            tensor_parallel=1,
-            threads=1,
-            kv_cache_gib=1,
-            gpu_memory_utilization=0.5,
-            max_sequences=64,
-            transport="shared_memory",
-            run="bench",
-            eos=EOS,
-            trust_remote_code=False,
-            deterministic=False,
-        )
+        engine = engine_settings(folder, CONTEXT, 32, 64, 1)
         await rollout.spawn(Rollout, [(f"{logs}/rollout-{i}.log", engine) for i in range(engines)], START_S)
         await rollout.call("start", [PromptTokens(0, np.arange(1, 9, dtype=np.int32))])
 

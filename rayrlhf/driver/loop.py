@@ -36,11 +36,9 @@ from rayrlhf.driver.protocols import (
 )
 from rayrlhf.errors import TrainingError
 from rayrlhf.metrics.clock import StepClock
-from rayrlhf.weights.publish import Publication
+from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
-__all__ = ["PUBLISH_PARTS", "Pacing", "Parts", "run_ppo"]
-
-PUBLISH_PARTS = ("gather", "transfer", "fingerprint", "load", "probe")
+__all__ = ["Pacing", "Parts", "run_ppo"]
 
 
 class Pacing(Protocol):

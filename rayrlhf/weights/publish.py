@@ -24,8 +24,18 @@ from typing import Any, Protocol
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.weights.probe import ProbeRow, gap_error
 
-__all__ = ["EngineReceipt", "Publication", "PublishSource", "PublishTarget", "SentBucket", "WeightPublisher"]
+__all__ = [
+    "PUBLISH_PARTS",
+    "EngineReceipt",
+    "Publication",
+    "PublishSource",
+    "PublishTarget",
+    "SentBucket",
+    "WeightPublisher",
+]
 
+# What a `Publication` has seconds of, as `<part>_s`.
+PUBLISH_PARTS = ("gather", "transfer", "fingerprint", "load", "probe")
 # Buckets between sender and engines: one being packed, one being loaded.
 IN_FLIGHT = 2
 

@@ -7,21 +7,19 @@ fused one where a GPU's would be; torch has it for CPUs too.
 from __future__ import annotations
 
 import gc
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from rayrlhf.config.deepspeed import DeepSpeedConfig
 from rayrlhf.config.model import FromScratch
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -136,17 +134,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder, world = tmp_path_factory.mktemp("options"), request.param
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = mp.spawn(work, args=(world, port, str(folder)), nprocs=world, join=False)
-    deadline = time.monotonic() + PATIENCE_S
-    try:
-        while not ranks.join(timeout=1.0):
-            assert time.monotonic() < deadline, "a rank hangs"
-    finally:
-        for process in ranks.processes:
-            process.kill()
+    run_ranks(work, world, folder, PATIENCE_S)
     return torch.load(folder / "0.pt", weights_only=True)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +24,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import PolicyModel, from_scratch
 from rayrlhf.types import Experience, Rollout, RolloutInfo
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -223,17 +221,7 @@ class Outcome:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_rank", "two_ranks"])
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder, world = tmp_path_factory.mktemp("guards"), request.param
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = mp.spawn(work, args=(world, port, str(folder)), nprocs=world, join=False)
-    deadline = time.monotonic() + PATIENCE_S
-    try:
-        while not ranks.join(timeout=1.0):
-            assert time.monotonic() < deadline, "a rank hangs"
-    finally:
-        for process in ranks.processes:
-            process.kill()
+    run_ranks(work, world, folder, PATIENCE_S)
     return Outcome(folder, world)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from rayrlhf.driver.loop import PUBLISH_PARTS
+from rayrlhf.weights.publish import PUBLISH_PARTS
 from tests.integration.conftest import ROOT, FinishedRun, rayrlhf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]

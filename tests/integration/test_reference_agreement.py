@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -34,6 +32,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
 from rayrlhf.models.build import PolicyModel, ScalarModel, from_scratch
 from rayrlhf.types import Experience, Rollout, RolloutInfo, Scores
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
 
@@ -47,6 +46,7 @@ NORMALISATION = (0.3, 1.7)
 PTX_COEF = 2.5
 BLOCKS = np.random.default_rng(17).integers(2, VOCAB, (6, 12)).astype(np.int32)
 TEXT_ROWS = [5, 0, 3]
+PATIENCE_S = 280.0
 KL_COEF, GAMMA, LAM = 0.1, 0.99, 0.95
 MIX_COEF = 0.5
 STAGES = [0, 1, 2, 3]
@@ -424,10 +424,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
     """(experience by architecture, stage and sample; updates by case, stage and budget)"""
     folder = tmp_path_factory.mktemp("agreement")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(request.param, port, str(folder)), nprocs=request.param)
+    run_ranks(work, request.param, folder, PATIENCE_S)
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(request.param)]
     found = {key: dict(pair for made, _ in ranks for pair in made[key]) for key in ranks[0][0]}
     return found, ranks[0][1]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayrlhf.config.model import FromScratch
@@ -21,8 +19,11 @@ from rayrlhf.data.prompts import LMExample, tokenize_demonstrations
 from rayrlhf.data.readers import read_demonstrations
 from rayrlhf.data.split import split_by_prompt
 from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+PATIENCE_S = 150.0
 
 RECORDS, HELDOUT, LONGEST = 20, 0.2, 48
 
@@ -162,7 +163,7 @@ def dropping_model() -> Any:
     return model
 
 
-def train_without_moving(rank: int, port: int, folder: str) -> None:
+def train_without_moving(rank: int, world: int, port: int, folder: str) -> None:
     """Four epochs at a learning rate of 0: what differs from one to the next is dropout and nothing else."""
     from rayrlhf.engines.deepspeed import Learner, LearnerSettings
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
@@ -170,7 +171,7 @@ def train_without_moving(rank: int, port: int, folder: str) -> None:
     from rayrlhf.engines.tasks import LanguageTask
     from rayrlhf.stages.selection import ResponseLimits, greedy_responses
 
-    join_process_group(Rendezvous(rank, 1, "127.0.0.1", port, "cpu", 1, deterministic=True))
+    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     model = dropping_model()
     learner = Learner(
         model, LearnerSettings(0, "float32", "cpu", 1e-3, (0.9, 0.95), 1e-8, 0.0, 1.0, 1e4, "failed", "sft")
@@ -190,10 +191,7 @@ def train_without_moving(rank: int, port: int, folder: str) -> None:
 
 
 def test_dropout_is_off_while_an_epoch_is_judged_and_on_again_when_training_resumes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(train_without_moving, args=(port, str(tmp_path)), nprocs=1)
+    run_ranks(train_without_moving, 1, tmp_path, PATIENCE_S)
     found = json.loads((tmp_path / "found.json").read_text())
     expected = plain_loss(dropping_model().lm, examples_of(4))
     assert found["heldout"] == pytest.approx([expected] * 4, rel=1e-6)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.models.build import from_scratch
 from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
+PATIENCE_S = 150.0
 
 STEPS, WORLD = 2, 2
 
@@ -47,12 +48,12 @@ def test_a_step_of_sharded_ppo_ptx_is_the_reference_trainers(finished: FinishedR
 # ---- every ZeRO stage: in spawned processes --------------------------------------------------------------------------
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, world: int, port: int, folder: str) -> None:
     from rayrlhf.engines.deepspeed import Learner, LearnerSettings
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, save_adam, save_gradients, save_weights
 
-    join_process_group(Rendezvous(rank, WORLD, "127.0.0.1", port, "cpu", 1, deterministic=True))
+    join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     spec = FromScratch(architecture="llama", hidden_size=32, layers=1, heads=2, context=64, tie_embeddings=True)
     rows = torch.randint(2, 64, (STEPS + 1, WORLD, 1, 9), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(1, 9)
@@ -86,10 +87,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_weights_adams_state_and_gradients_are_read_whole_at_every_zero_stage(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=WORLD)
+    run_ranks(work, WORLD, tmp_path, PATIENCE_S)
     names = ["exp_avg", "exp_avg_sq", "gradients", "weights"]
     assert sorted(p.stem for p in (tmp_path / "0").iterdir()) == names
     for name in names:

@@ -16,6 +16,11 @@ from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
 
 BATCH = 3
+# Of one step, in order.
+CALLS = [
+    *("generate", "frozen", "learning", "estimate", "update"),
+    *("publish", "save_if_due", "write_samples", "gauges", "write"),
+]
 
 
 def drive(world: World, steps: int = 3, kl=None) -> int:
@@ -30,19 +35,7 @@ def named(world: World, name: str) -> list[tuple]:
 def test_each_step_calls_every_part_in_order():
     world = World()
     assert drive(world, steps=2) == 2
-    step = [
-        "generate",
-        "frozen",
-        "learning",
-        "estimate",
-        "update",
-        "publish",
-        "save_if_due",
-        "write_samples",
-        "gauges",
-        "write",
-    ]
-    assert [event[0] for event in world.log] == ["publish", *step, *step]
+    assert [event[0] for event in world.log] == ["publish", *CALLS, *CALLS]
     assert world.phases == ["generate", "score", "estimate", "update", "publish", "save"] * 2
 
 
@@ -137,21 +130,7 @@ def test_throughput_counts_response_tokens_sampled_and_all_tokens_trained():
     assert record["throughput/train_tokens_per_s"] * record["time/update_s"] == pytest.approx(10 * BATCH)
 
 
-@pytest.mark.parametrize(
-    "phase",
-    [
-        "generate",
-        "frozen",
-        "learning",
-        "estimate",
-        "update",
-        "publish",
-        "save_if_due",
-        "gauges",
-        "write",
-        "write_samples",
-    ],
-)
+@pytest.mark.parametrize("phase", CALLS)
 @pytest.mark.parametrize("fail_at", [0, 1])
 def test_an_error_in_any_part_ends_the_run_at_once(phase, fail_at):
     world = World(fail=phase, fail_at=fail_at)

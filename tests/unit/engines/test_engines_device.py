@@ -38,7 +38,7 @@ def settings(**more: Any) -> LearnerSettings:
         "dtype": "float32",
         "device": "cpu",
         "learning_rate": 1e-3,
-        "betas": (0.9, 0.95),
+        "betas": [0.9, 0.95],
         "eps": 1e-8,
         "weight_decay": 0.1,
         "grad_clip": 1.5,
@@ -86,7 +86,14 @@ def test_adam_is_torchs_and_fused_on_a_gpu() -> None:
 
 def test_torchs_adamw_takes_what_deepspeed_hands_on_to_it() -> None:
     params = _learner_config(settings(device="cuda"), 2)["optimizer"]["params"]
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)], **{k: v for k, v in params.items() if k != "torch_adam"})
+    handed_on = {k: v for k, v in params.items() if k != "torch_adam"}
+    optimizer = torch.optim.AdamW([torch.ones(1, requires_grad=True)], **handed_on)
+    assert {k: optimizer.defaults[k] for k in handed_on} == handed_on
+    weight = optimizer.param_groups[0]["params"][0]
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    # Loshchilov and Hutter 2019, alg. 2: the weight decays by lr * 0.1; Adam's first step is lr * g / (|g| + eps).
+    assert float(weight.detach()) == pytest.approx(1 - 1e-3 * 0.1 - 1e-3, abs=1e-8)
 
 
 def test_the_users_keys_join_the_learners_own() -> None:
