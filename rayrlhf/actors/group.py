@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from math import floor
 from typing import Any
 
 import ray
@@ -13,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.actors.placement import RolePlacement
+from rayrlhf.actors.sharing import NEEDS, SharedDevices, held_by
 from rayrlhf.engines.distributed import Rendezvous
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
 
@@ -27,14 +29,19 @@ CLOSE_S = 3.0
 class ActorGroup:
     """All ranks of one role."""
 
-    def __init__(self, placement: RolePlacement, call_timeout_s: float) -> None:
+    def __init__(self, placement: RolePlacement, call_timeout_s: float, devices: SharedDevices | None = None) -> None:
+        """`devices` that the role shares with others; None gives it its own."""
         self.role = placement.role
         self.placement = placement
         self.actors: list[Any] = []
+        self.devices = devices
         self._timeout = call_timeout_s
-        self._bundles: PlacementGroup = placement_group(
-            placement.bundles(), strategy=placement.strategy.upper(), name=placement.role
-        )
+        if devices is not None:
+            self._bundles: PlacementGroup = devices.bundles
+            devices.join(self)
+        else:
+            strategy = placement.strategy.upper()
+            self._bundles = placement_group(placement.bundles(), strategy=strategy, name=placement.role)
 
     @property
     def ranks(self) -> int:
@@ -55,7 +62,7 @@ class ActorGroup:
             actor = remote.options(
                 name=f"{self.role}-{rank}",
                 num_cpus=self.placement.cpus,
-                num_gpus=self.placement.gpus,
+                num_gpus=floor(1e4 * self.placement.gpus) / 1e4,  # Ray counts in such parts; thirds must fit in a GPU
                 resources=dict(self.placement.resources),
                 scheduling_strategy=strategy,
                 runtime_env={"env_vars": self.placement.environment()},
@@ -84,8 +91,10 @@ class ActorGroup:
                 as itself. The first failure is raised at once: the other ranks may wait for it forever.
         """
         own = each or [()] * len(self.actors)
-        refs = [getattr(a, method).remote(*mine, *shared) for a, mine in zip(self.actors, own, strict=True)]
-        return await self._wait(refs, method, timeout_s or self._timeout)
+        needs = [(self, NEEDS[method])] if method in NEEDS else []
+        async with held_by(*needs):
+            refs = [getattr(a, method).remote(*mine, *shared) for a, mine in zip(self.actors, own, strict=True)]
+            return await self._wait(refs, method, timeout_s or self._timeout)
 
     async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
         refs = [getattr(self.actors[rank], method).remote(*args)]
@@ -110,7 +119,10 @@ class ActorGroup:
         """End every actor and give the bundles back."""
         for actor in self.actors:
             ray.kill(actor)
-        remove_placement_group(self._bundles)
+        if self.devices is not None:
+            self.devices.leave(self)
+        else:
+            remove_placement_group(self._bundles)
 
     async def _wait(self, refs: list[Any], method: str, timeout_s: float, first: int = 0) -> list[Any]:
         futures = [_as_future(ref) for ref in refs]

@@ -31,6 +31,7 @@ from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprob
 from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
 from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
+from rayrlhf.models.residence import Part
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
 from rayrlhf.weights.probe import ProbeRow
@@ -92,6 +93,11 @@ class _ModelActor(Actor):
         self.engine = self._load()
         if self.settings.cutting.packed:
             check_packing(self.engine, self.settings.dtype)
+
+    def occupy(self, part: Part) -> None:
+        """See `Residence`; one that is not started yet has nothing anywhere."""
+        if hasattr(self, "engine"):
+            self.engine.occupy(part)
 
     def reload(self, settings: ModelSettings) -> None:
         """Begin again with another model or other settings, in the same process group."""

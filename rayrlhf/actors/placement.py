@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config
+from rayrlhf.config.cluster import RankResources
 from rayrlhf.config.run import StageName
 from rayrlhf.errors import ResourceError
 
-__all__ = ["SAMPLING", "TRAINING", "RolePlacement", "check_resources", "plan_ppo", "plan_training", "promised_cpus"]
+__all__ = [
+    "SAMPLING",
+    "TRAINING",
+    "RolePlacement",
+    "check_resources",
+    "plan_ppo",
+    "plan_training",
+    "promised_cpus",
+    "shared_bundles",
+]
 
 
 TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo")
@@ -48,9 +58,14 @@ class RolePlacement:
 def plan_ppo(config: Config) -> list[RolePlacement]:
     """The five roles of a PPO run; four where the advantages need no value model. Other stages take some of them."""
     cluster = config.cluster
+
+    def gpus(role: str, rank: RankResources) -> float:
+        """A role that shares devices has its part of one."""
+        return cluster.gpus(rank) / (len(cluster.sharing(role)) or 1)
+
     without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     roles = [
-        RolePlacement(role, r.ranks, r.cpus, cluster.gpus(r), r.threads, r.resources, r.strategy)
+        RolePlacement(role, r.ranks, r.cpus, gpus(role, r), r.threads, r.resources, r.strategy)
         for role, r in (
             ("policy", cluster.policy),
             ("reference", cluster.reference),
@@ -65,13 +80,24 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
             "rollout",
             config.rollout.engines,
             engine.cpus * shards,
-            cluster.gpus(engine) * shards,
+            gpus("rollout", engine) * shards,
             engine.threads,
             engine.resources,
             engine.strategy,
         )
     )
     return roles
+
+
+def shared_bundles(placements: Sequence[RolePlacement]) -> list[dict[str, float]]:
+    """Of roles on the same devices: a bundle for each rank, with room for that rank of all of them."""
+    first = placements[0]
+    cpus, gpus = sum(p.cpus for p in placements), round(sum(p.gpus for p in placements))
+    return replace(first, cpus=cpus, gpus=gpus, resources=_times(first.resources, len(placements))).bundles()
+
+
+def _times(resources: Mapping[str, float], factor: float) -> dict[str, float]:
+    return {name: amount * factor for name, amount in resources.items()}
 
 
 def plan_training(config: Config) -> RolePlacement:

@@ -13,10 +13,12 @@ import ray
 from rayrlhf.actors.base import Actor
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.relay import Arrivals
+from rayrlhf.actors.sharing import held_by
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
 from rayrlhf.errors import WeightSyncError
+from rayrlhf.models.residence import Part
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
@@ -37,6 +39,11 @@ class RolloutActor(Actor):
         self.use_network()
         self._arrivals = Arrivals(self._settings.transport, self._settings.run)
         self._engine = RolloutEngine(self._settings, prompts)
+
+    def occupy(self, part: Part) -> None:
+        """As of the models; an engine is there as a whole or not at all."""
+        if hasattr(self, "_engine"):
+            self._engine.occupy(part)
 
     def hold_prompts(self, prompts: list[PromptTokens]) -> None:
         """Others in place of those that it started with."""
@@ -105,7 +112,7 @@ class _Policy:
 
     def __init__(self, group: ActorGroup, engines: ActorGroup, transport: Transport, workers: int) -> None:
         """`workers`: of each engine."""
-        self._group = group
+        self.group = group
         self._engines = engines
         self._transport = transport
         self._workers = workers
@@ -114,27 +121,27 @@ class _Policy:
     async def start_publish(self, version: int) -> SentBucket:
         if self._elsewhere is None:
             self._elsewhere = await self._connect()
-        return _joined(await self._group.call("start_publish", version, self._elsewhere))
+        return _joined(await self.group.call("start_publish", version, self._elsewhere))
 
     async def next_bucket(self) -> SentBucket:
-        return _joined(await self._group.call("next_bucket"))
+        return _joined(await self.group.call("next_bucket"))
 
     async def _connect(self) -> bool:
         """Let sender and engines meet, where they must; whether an engine needs its buckets through Ray."""
         if not self._transport.meets:
-            home, *away = await self._group.call_rank(0, "node"), *await self._engines.call("node")
+            home, *away = await self.group.call_rank(0, "node"), *await self._engines.call("node")
             return any(node != home for node in away)
-        address, port = await self._group.call_rank(0, "free_address")
+        address, port = await self.group.call_rank(0, "free_address")
         world = 1 + self._engines.ranks * self._workers
         ranks = [1 + engine * self._workers for engine in range(self._engines.ranks)]
         await asyncio.gather(
-            self._group.call_rank(0, "meet", Meeting(address, port, world, 0)),
+            self.group.call_rank(0, "meet", Meeting(address, port, world, 0)),
             self._engines.call("meet", each=[(Meeting(address, port, world, rank),) for rank in ranks]),
         )
         return False
 
     async def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
-        logprobs: list[float] = (await self._group.call("probe", rows))[0]
+        logprobs: list[float] = (await self.group.call("probe", rows))[0]
         return logprobs
 
 
@@ -176,7 +183,7 @@ class EnginePool:
         self, requests: Sequence[SampleRequest], temperature: float | None = None
     ) -> AsyncGenerator[RolloutBatch]:
         """The responses, some at a time as they are finished, from the engines that hold verified weights."""
-        async with self._turn:
+        async with self._turn, held_by((self._group, "all")):
             if not self._serving:
                 raise WeightSyncError("no engine holds verified weights", "publish before sampling")
             shares = self._deal(requests)
@@ -226,7 +233,8 @@ class EnginePool:
         """Bring every engine, a quarantined one included, to `version`; only verified ones serve afterwards."""
         async with self._turn:
             self._serving = []
-            result = await self._publisher.publish(version, self._policy, self._engines)
+            async with held_by((self._policy.group, "weights"), (self._group, "all")):
+                result = await self._publisher.publish(version, self._policy, self._engines)
             self._serving = [e for e in self._engines if e.name in result.committed]
             return result
 

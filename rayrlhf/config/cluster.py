@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section
 
-__all__ = ["ClusterConfig", "RankResources", "RoleResources"]
+__all__ = ["ClusterConfig", "RankResources", "RoleName", "RoleResources"]
 
 
 class RankResources(Section):
@@ -29,6 +29,9 @@ class RoleResources(RankResources):
     ranks: PositiveInt = 1
 
 
+RoleName = Literal["policy", "reference", "reward", "value", "rollout"]
+
+
 class ClusterConfig(Section):
     address: str | None = None
     """None starts Ray here; `auto` or `host:port` joins a cluster."""
@@ -43,6 +46,10 @@ class ClusterConfig(Section):
     value: RoleResources = RoleResources()
     rollout: RankResources = RankResources(threads=2)
     """Each of `rollout.engines` engines; with tensor parallelism a GPU per shard."""
+    shared: tuple[tuple[RoleName, ...], ...] = ()
+    """Roles that share devices, set by set: `[[policy, rollout], [reference, reward, value]]`. Rank i of each role of a
+    set gets the same GPU and they hold it in turns: engines sleep, models wait on the host. Roles in no set have
+    devices of their own."""
     train: RoleResources = RoleResources(cpus=1, threads=2)
     """Workers of pretrain, sft, reward and dpo."""
 
@@ -55,6 +62,28 @@ class ClusterConfig(Section):
             if self.device == "cuda" and gpus == 0:
                 raise ValueError(f"{role}.gpus is 0 but cluster.device is cuda")
         return self
+
+    @model_validator(mode="after")
+    def _sets_of_roles_can_share(self) -> ClusterConfig:
+        seen: set[str] = set()
+        for roles in self.shared:
+            if len(roles) < 2 or seen & set(roles) or len(set(roles)) < len(roles):
+                raise ValueError(f"shared: {', '.join(roles)}: a set names two roles or more, and a role is in one set")
+            seen |= set(roles)
+            for role in roles:
+                mine, first = getattr(self, role), getattr(self, roles[0])
+                if mine.gpus is not None:
+                    raise ValueError(f"{role}.gpus and shared contradict each other: {role} shares a whole GPU")
+                if (mine.resources, mine.strategy) != (first.resources, first.strategy):
+                    raise ValueError(
+                        f"{role} and {roles[0]} share devices: give both the same resources and strategy, they lie "
+                        "on the same nodes"
+                    )
+        return self
+
+    def sharing(self, role: str) -> tuple[RoleName, ...]:
+        """The roles on this role's devices, itself among them; none if it has devices of its own."""
+        return next((roles for roles in self.shared if role in roles), ())
 
     def gpus(self, resources: RankResources) -> float:
         """GPUs of one rank with these resources."""

@@ -182,6 +182,30 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _roles_on_shared_devices_sit_side_by_side(self) -> Config:
+        for roles in self.cluster.shared:
+            ranks = {r: self.rollout.engines if r == "rollout" else getattr(self.cluster, r).ranks for r in roles}
+            if len(set(ranks.values())) > 1:
+                counts = ", ".join(f"{role} {count}" for role, count in ranks.items())
+                raise ValueError(f"cluster.shared: roles on the same devices need equally many ranks ({counts})")
+            if "rollout" in roles and self.rollout.tensor_parallel > 1:
+                raise ValueError(
+                    f"cluster.shared has rollout and rollout.tensor_parallel is {self.rollout.tensor_parallel}: an "
+                    "engine that shares its device has one; take rollout out of cluster.shared, or more engines"
+                )
+            if {"policy", "rollout"} <= set(roles) and self.weights.transport == "nccl":
+                raise ValueError(
+                    "weights.transport is nccl but cluster.shared puts policy and rollout on the same devices, which "
+                    "NCCL does not connect: take ipc"
+                )
+            if {"policy", "rollout"} <= set(roles) and self.ppo.pacing.kind == "overlap":
+                raise ValueError(
+                    "ppo.pacing.kind is overlap but cluster.shared puts policy and rollout on the same devices, where "
+                    "they work in turns: take sync, or devices of their own"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _gpu_transports_have_gpus(self) -> Config:
         if self.weights.transport in ("nccl", "ipc") and self.cluster.device == "cpu":
             raise ValueError(

@@ -21,19 +21,19 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float, rank: int) -> None:
         self._decay = decay
         self._parameters = [p for p in module.parameters() if rank == 0 or hasattr(p, "ds_tensor")]
-        self._average = [tensor.detach().float().clone() for tensor in self._held()]
+        self.tensors = [tensor.detach().float().clone() for tensor in self._held()]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights after an optimizer step."""
-        for average, weights in zip(self._average, self._held(), strict=True):
+        for average, weights in zip(self.tensors, self._held(), strict=True):
             average.lerp_(weights.float(), 1.0 - self._decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The learner's weights are the average meanwhile: for saving it."""
         kept = [weights.clone() for weights in self._held()]
-        self._fill(self._average)
+        self._fill(self.tensors)
         try:
             yield
         finally:

@@ -7,7 +7,7 @@ micro-batches; the shorter ones run a dummy whose loss counts zero, or a sharded
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -24,6 +24,7 @@ from rayrlhf.engines.guards import check_step, local_grad_norm
 from rayrlhf.errors import TrainingError
 from rayrlhf.models.attention import use_attention
 from rayrlhf.models.build import checkpoint_activations
+from rayrlhf.models.residence import Part, Residence, tensors_within, weights_of
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
 
@@ -74,6 +75,15 @@ class _Engine:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._call: Callable[..., Tensor] = module
+        self._residence = Residence(self.device)
+
+    def occupy(self, part: Part) -> None:
+        """Let exactly this part of the model be on the device; what is not needed there waits on the host."""
+        self._residence.occupy(part, list(weights_of(self.module)), self._rest())
+
+    def _rest(self) -> Iterator[Tensor]:
+        """What an optimizer step needs beyond the weights."""
+        return iter(())
 
     def infer(self, function: Callable[[Callable[..., Tensor], M], R], micro_batches: Sequence[M], dummy: M) -> list[R]:
         """`function(module, m)` for each micro-batch, without gradients."""
@@ -128,6 +138,12 @@ class Learner(_Engine):
         self.average = WeightAverage(self.module, settings.average, self.rank) if settings.average else None
         self.before_step: Callable[[], None] | None = None
         """Called once, when the next gradient is whole and before it is clipped; on every rank."""
+
+    def _rest(self) -> Iterator[Tensor]:
+        zero = self.engine.optimizer
+        torchs = getattr(zero, "optimizer", zero)  # inside ZeRO's, or alone
+        average = self.average.tensors if self.average else []
+        return tensors_within([vars(zero), vars(torchs), average, list(self.module.parameters())])
 
     def train_step(
         self,

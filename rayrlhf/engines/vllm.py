@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rayrlhf.errors import WeightSyncError
+from rayrlhf.models.residence import Part
 from rayrlhf.types import PromptTokens, Rollout, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt
@@ -43,6 +44,8 @@ class EngineSettings:
     eos: int
     trust_remote_code: bool
     deterministic: bool
+    sleeps: bool = False
+    """Others use its device in turns with it."""
 
 
 # Prompt tokens computed together; vLLM's own default on a CPU.
@@ -61,6 +64,7 @@ class RolloutEngine:
         self.hold_prompts(prompts)
         self._version: int | None = None
         self._pending: int | None = None
+        self._part: Part = "all"
         cpu = settings.device == "cpu"
         self._llm = LLM(
             model=settings.model,
@@ -82,11 +86,22 @@ class RolloutEngine:
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
             generation_config="vllm",  # a model's own sampling defaults (top-p, ...) would bias the ratio
             seed=0,
+            enable_sleep_mode=settings.sleeps and not cpu,
         )
         self._rpc("init_weight_transfer_engine", {"transport": settings.transport})
 
     def hold_prompts(self, prompts: Sequence[PromptTokens]) -> None:
         self._prompts = {p.prompt_id: p.tokens.tolist() for p in prompts}
+
+    def occupy(self, part: Part) -> None:
+        """Let exactly this part be on the device. A CPU engine stays where it is: vLLM cannot put one to sleep."""
+        if self._settings.device == "cpu" or part == self._part:
+            return
+        if part == "none":
+            self._llm.sleep(level=1)
+        else:
+            self._llm.wake_up()
+        self._part = part
 
     @property
     def version(self) -> int | None:

@@ -17,6 +17,7 @@ from rayrlhf.actors.models import Judge, ModelSettings, PolicyActor, ReferenceAc
 from rayrlhf.actors.placement import SAMPLING, RolePlacement, plan_ppo
 from rayrlhf.actors.roles import memory_per_role
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.actors.sharing import SharedDevices
 from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
 from rayrlhf.data.batching import Cutting
@@ -68,9 +69,10 @@ class RoleSet:
         """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""
         timeout = self._config.cluster.start_timeout_s
         kept = {p.role: self._context.kept.take(p.role, self._fit(p)) for p in self._planned}
+        devices = self._shared_devices()
         for placement in self._planned:
-            group = kept[placement.role] or ActorGroup(placement, self._config.cluster.call_timeout_s)
-            self.groups[placement.role] = group
+            role, limit = placement.role, self._config.cluster.call_timeout_s
+            self.groups[role] = kept[role] or ActorGroup(placement, limit, devices.get(role))
         handle = ray.put(list(self._prompts))
 
         async def start_model(role: str) -> None:
@@ -94,6 +96,15 @@ class RoleSet:
 
         engines = [start_engines()] if "rollout" in self.groups else []
         await asyncio.gather(*engines, *(start_model(role) for role in MODEL_ROLES if role in self.groups))
+
+    def _shared_devices(self) -> dict[str, SharedDevices]:
+        """By role: those of `cluster.shared` that this stage uses two or more roles of."""
+        devices: dict[str, SharedDevices] = {}
+        for roles in self._config.cluster.shared:
+            placements = [placement for placement in self._planned if placement.role in roles]
+            if len(placements) > 1:
+                devices |= dict.fromkeys((p.role for p in placements), SharedDevices(placements))
+        return devices
 
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""
@@ -123,7 +134,8 @@ class RoleSet:
         Not on a cluster or a GPU: what they hold there is what the stages between need.
         """
         cluster = self._config.cluster
-        if stage in self._config.stages() and cluster.address is None and cluster.device == "cpu":
+        local = cluster.address is None and cluster.device == "cpu" and not cluster.shared
+        if stage in self._config.stages() and local:
             for placement in self._planned:
                 if placement.role in (SAMPLING[stage] or self.groups):
                     self._context.kept.put(placement.role, self._fit(placement), self.groups.pop(placement.role))
@@ -192,6 +204,7 @@ class RoleSet:
             eos=self._context.data.tokenizer.eos_token_id,
             trust_remote_code=config.model.trust_remote_code,
             deterministic=config.run.deterministic,
+            sleeps=bool(config.cluster.sharing("rollout")),
         )
 
 

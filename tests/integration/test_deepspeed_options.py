@@ -46,6 +46,9 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
         40,
     ),
     "hierarchical_3": (3, {"zero_hpz_partition_size": 2, "extra": SHARD_ALL}, 40),
+    # Between steps the model leaves its device and comes back, as on one that roles share.
+    **{f"shared_device_{stage}": (stage, {}, 40) for stage in (0, 1, 2)},
+    "shared_device_3": (3, {"extra": SHARD_ALL}, 40),
 }
 
 
@@ -61,6 +64,7 @@ def train(name: str, measure: bool = False) -> dict[str, Any]:
     """Weights after three steps, the norms of each, and how often a layer's MLP ran in the first."""
     from rayrlhf.engines import deepspeed as engine
     from rayrlhf.engines.tasks import LanguageTask
+    from rayrlhf.models.residence import weights_of
 
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, two thirds of the time goes there
     stage, keys, budget = CASES[name]
@@ -82,7 +86,7 @@ def train(name: str, measure: bool = False) -> dict[str, Any]:
         activation_checkpointing=section.activation_checkpointing,
     )
     learner = engine.Learner(from_scratch(spec, 64, 0, 1, seed=3), settings)
-    task, calls, steps = LanguageTask(examples()), list[int](), list[dict[str, float]]()
+    task, calls, steps, here = LanguageTask(examples()), list[int](), list[dict[str, float]](), list[int]()
     learner.module.lm.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     for step in range(STEPS):
         rows = list(range(step * EXAMPLES, (step + 1) * EXAMPLES))
@@ -98,9 +102,13 @@ def train(name: str, measure: bool = False) -> dict[str, Any]:
                 measure=measure,
             )
         )
+        if name.startswith("shared_device"):
+            for part in ("none", "weights", "none", "all"):
+                learner.occupy(part)
+                here.append(sum(t.untyped_storage().nbytes() for t in weights_of(learner.module)))
     buckets = learner.named_buckets(learner.module.lm, 2**20)
     weights = {n: t.clone() for bucket in buckets for n, t in bucket}
-    return {"weights": weights, "steps": steps, "passes": len(calls), "micro_batches": len(batches)}
+    return {"weights": weights, "steps": steps, "passes": len(calls), "micro_batches": len(batches), "here": here}
 
 
 def work(rank: int, world: int, port: int, folder: str) -> None:
@@ -154,6 +162,13 @@ def test_the_weights_learned_are_those_of_one_plain_optimizer(name: str, found: 
 
 def test_the_gradients_of_the_comparison_are_clipped(found: dict[str, dict[str, Any]]) -> None:
     assert found["plain_0"]["steps"][0]["grad_norm"] > 1.0
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_model_whose_device_others_use_is_not_on_it_meanwhile(stage: int, found: dict[str, dict[str, Any]]) -> None:
+    none, weights, again, everything = found[f"shared_device_{stage}"]["here"][:4]
+    assert none == again == 0
+    assert weights == everything > 0
 
 
 @pytest.mark.parametrize("stage", range(4))

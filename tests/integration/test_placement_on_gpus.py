@@ -16,6 +16,7 @@ import ray
 from rayrlhf.actors.cluster import disconnect
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import check_resources, plan_ppo, plan_training
+from rayrlhf.actors.sharing import SharedDevices
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
@@ -25,7 +26,7 @@ GPUS = 8
 Seats = dict[str, list[tuple[list[int], str]]]
 
 
-def config(**cluster: Any) -> Config:
+def config(engines: int = 2, tensor_parallel: int = 2, **cluster: Any) -> Config:
     return Config.model_validate(
         {
             "model": {"path": "org/name"},
@@ -37,7 +38,7 @@ def config(**cluster: Any) -> Config:
                 **{role: {"gpus": 0.5, "cpus": 0.1} for role in ("reference", "reward")},
                 **cluster,
             },
-            "rollout": {"engines": 2, "tensor_parallel": 2},
+            "rollout": {"engines": engines, "tensor_parallel": tensor_parallel},
         }
     )
 
@@ -113,6 +114,28 @@ def test_a_process_sees_its_own_gpus_and_no_others(seats: Seats) -> None:
 
 def test_workers_of_the_supervised_stages_are_a_gpu_each(eight_gpus: dict[str, float]) -> None:
     assert plan_training(config(train={"ranks": 8, "cpus": 0.1})).bundles() == [{"CPU": 0.1, "GPU": 1.0}] * 8
+
+
+def test_roles_that_share_devices_sit_on_the_same_ones_rank_by_rank(eight_gpus: dict[str, float]) -> None:
+    ranks = {role: {"ranks": 3, "cpus": 0.1} for role in ("policy", "value")}
+    shared = config(**ranks, shared=[["policy", "value", "rollout"]], tensor_parallel=1, engines=3)
+    check_resources(shared, eight_gpus)
+
+    async def sit() -> Seats:
+        placements = [p for p in plan_ppo(shared) if p.role in ("policy", "value", "rollout")]
+        devices = SharedDevices(placements)
+        groups = [ActorGroup(placement, 60.0, devices) for placement in placements]
+        found: Seats = {}
+        for group in groups:
+            await group.spawn(seat_class(), [()] * group.ranks, 60.0)
+            found[group.role] = await group.call("where")
+        for group in groups:
+            group.close()
+        return found
+
+    seats = {role: [ids for ids, _ in ranks] for role, ranks in asyncio.run(sit()).items()}
+    assert seats["policy"] == seats["value"] == seats["rollout"]
+    assert len({i for ids in seats["policy"] for i in ids}) == 3
 
 
 def test_a_group_for_which_there_is_no_room_says_so(eight_gpus: dict[str, float]) -> None:

@@ -51,6 +51,27 @@ def test_models_given_by_relative_path_run_sharded_and_tensor_parallel_and_agree
         assert a["rollout/logprob_gap_max"] < 1e-4
 
 
+def test_roles_that_share_devices_take_turns_and_learn_the_same(finished: FinishedRun, tmp_path: Path) -> None:
+    models = [f"{stage}.path={finished.artifact(stage) / 'model'}" for stage in ("sft", "reward")]
+    arguments = [
+        "configs/tiny.yaml",
+        f"run.output={tmp_path}",
+        f"model={{path: {finished.artifact('sft') / 'model'}}}",
+        *models,
+        "ppo.steps=2",
+        *[a for a in finished.arguments if a.startswith(("ppo.batch", "ppo.mini", "ppo.learn", "rollout.max"))],
+        "cluster.shared=[[policy, value, rollout], [reference, reward]]",
+    ]
+    done = rayrlhf("ppo", *arguments, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    got, want = last_steps(tmp_path / "tiny"), finished.metrics("ppo")[:2]
+    assert len(got) == 2
+    for a, b in zip(got, want, strict=True):
+        for name in ("reward/mean", "kl/mean", "policy/loss", "policy/grad_norm", "value/loss", "response/length_mean"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+        assert a["weights/quarantined"] == 0
+
+
 def test_bfloat16_runs_within_its_own_guards(finished: FinishedRun) -> None:
     arguments = [*finished.arguments[:1], "run.name=half", *finished.arguments[2:], "model.dtype=bfloat16"]
     models = [f"{stage}.path={finished.artifact(stage) / 'model'}" for stage in ("sft", "reward")]

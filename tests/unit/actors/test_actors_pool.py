@@ -31,6 +31,8 @@ class Engines:
         self.log: list[str] = []
         self._fail = fail
 
+    devices = None
+
     async def stream_rank(self, rank: int, method: str, share: Sequence[SampleRequest], at_once: int, temperature: Any):
         assert method == "generate"
         self.asked[rank] = [r.sample_id for r in share]

@@ -276,6 +276,36 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "run.deterministic and ppo.pacing.max_staleness 2 contradict each other",
         ),
         (["weights.transport=nccl"], "weights.transport is nccl but cluster.device is cpu: take shared_memory"),
+        (["cluster.shared=[[policy]]"], "shared: policy: a set names two roles or more, and a role is in one set"),
+        (
+            ["cluster.shared=[[policy, rollout], [rollout, value]]"],
+            "shared: rollout, value: a set names two roles or more, and a role is in one set",
+        ),
+        (["cluster.shared=[[policy, train]]"], "cluster.shared"),
+        (
+            ["cluster.shared=[[policy, value]]", "cluster.device=cuda", "cluster.value.gpus=0.5"],
+            "value.gpus and shared contradict each other: value shares a whole GPU",
+        ),
+        (
+            ["cluster.shared=[[policy, value]]", "cluster.value.strategy=spread"],
+            "value and policy share devices: give both the same resources and strategy",
+        ),
+        (
+            ["cluster.shared=[[policy, rollout]]", "rollout.engines=2"],
+            "cluster.shared: roles on the same devices need equally many ranks (policy 1, rollout 2)",
+        ),
+        (
+            ["cluster.shared=[[reward, rollout]]", "rollout.tensor_parallel=2"],
+            "cluster.shared has rollout and rollout.tensor_parallel is 2: an engine that shares its device has one",
+        ),
+        (
+            ["cluster.shared=[[policy, rollout]]", "ppo.pacing.kind=overlap", "ppo.importance_cap=2.0"],
+            "ppo.pacing.kind is overlap but cluster.shared puts policy and rollout on the same devices",
+        ),
+        (
+            ["cluster.shared=[[policy, rollout]]", "cluster.device=cuda", "weights.transport=nccl"],
+            "weights.transport is nccl but cluster.shared puts policy and rollout on the same devices",
+        ),
         (["ppo.steps=3", "ppo.value_warmup_steps=3"], "ppo: value_warmup_steps 3 leaves the policy none of 3"),
         (["ppo.ptx.coef=1.0", "data.text=[]", "run.stages=[ppo]"], "ppo.ptx.coef is set but data.text is empty"),
         (["model.from_scratch=null"], "model: name a model with path, or describe one with from_scratch"),
