@@ -26,12 +26,12 @@ from rayrlhf.engines.deepspeed import FrozenModel, Learner, LearnerSettings
 from rayrlhf.engines.distributed import Rendezvous, all_reduce_sum, join_process_group
 from rayrlhf.engines.estimation import EstimateSettings, estimate
 from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
-from rayrlhf.engines.preference import response_logprobs
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
 from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.models.residence import Part
+from rayrlhf.supervised.preference import response_logprobs
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
 from rayrlhf.weights.probe import ProbeRow

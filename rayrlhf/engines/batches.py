@@ -1,4 +1,4 @@
-"""Sequences as micro-batches of tensors: rollouts and experiences here, the supervised tasks' in supervised.py.
+"""Sequences as micro-batches of tensors: rollouts and experiences here, the supervised tasks' in tasks.py.
 
 A micro-batch holds B rows of T tokens within a token budget: several sequences a row with positions of their own
 (packed, no sequence sees another), or one a row, padded on the right. Tokens are addressed by flat positions in

@@ -61,9 +61,11 @@ class Residence:
             _bytes(storage).copy_(host)
 
     def _storages(self, tensors: Iterable[Tensor]) -> Iterator[UntypedStorage]:
-        """Each once, if there is anything in it here."""
+        """Each once, if there is anything in it here that is not a mapped file: that costs nothing to leave."""
         here = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == self._device.type)
-        return iter({storage.data_ptr(): storage for storage in here if storage.nbytes()}.values())
+        return iter(
+            {storage.data_ptr(): storage for storage in here if storage.nbytes() and storage.resizable()}.values()
+        )
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:

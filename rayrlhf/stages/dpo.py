@@ -34,10 +34,10 @@ def run_dpo(context: StageContext, parents: dict[str, str], workspace: Path) -> 
 def _train_on_preferences(job: TrainingJob) -> dict[str, Any]:
     """Worker: take the reference's log-probs, train, measure held-out accuracy of the implicit reward, save."""
     from rayrlhf.engines.deepspeed import Learner
-    from rayrlhf.engines.preference import PreferenceTask, checking_first_loss, response_logprobs
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.supervised import train
     from rayrlhf.models.build import load_policy
+    from rayrlhf.supervised.loop import train
+    from rayrlhf.supervised.preference import PreferenceTask, checking_first_loss, response_logprobs
 
     assert job.model is not None
     model = load_policy(job.model, job.trust_remote_code)

@@ -12,13 +12,13 @@ from rayrlhf.config.training import PretrainMixConfig, SelectConfig
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.engines.scoring import check_packing
-from rayrlhf.engines.supervised import Mix, train
 from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, from_scratch, load_policy, load_scalar
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.stages.selection import BestEpoch, ResponseLimits, mean_reward, spread_prompts
 from rayrlhf.stages.training import TrainingJob, fetch, run_training, worker_log
+from rayrlhf.supervised.loop import Mix, train
 
 __all__ = ["run_pretrain", "run_sft"]
 

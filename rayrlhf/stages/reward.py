@@ -73,9 +73,9 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, measure on held-out rankings, normalise, save."""
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.supervised import train
     from rayrlhf.engines.tasks import RankingTask
     from rayrlhf.models.build import new_scalar
+    from rayrlhf.supervised.loop import train
 
     assert job.model is not None
     model = new_scalar(job.model, job.trust_remote_code, job.seed)

@@ -23,10 +23,10 @@ from rayrlhf.config import Config
 from rayrlhf.config.training import Adam, SupervisedConfig
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings
-from rayrlhf.engines.supervised import TrainSettings
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
+from rayrlhf.supervised.loop import TrainSettings
 
 __all__ = ["TrainingJob", "learner_settings", "run_training", "train_settings"]
 

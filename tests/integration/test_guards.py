@@ -140,8 +140,8 @@ def nan_gradient(stage: int, folder: str) -> None:
 
 def strict_limit(stage: int, folder: str) -> None:
     """A supervised stage, whose loss starts near log(64) = 4.2."""
-    from rayrlhf.engines.supervised import TrainSettings, train
     from rayrlhf.engines.tasks import LanguageTask
+    from rayrlhf.supervised.loop import TrainSettings, train
 
     learner = new_learner(policy(), stage, folder, "strict_limit", max_loss=2.0)
     examples = [LMExample(e.rollout.tokens, 0, "") for e in experiences()]

@@ -289,8 +289,8 @@ def run_step(
 ) -> tuple[Any, float, Any]:
     """One optimizer step of the product; (losses, gradient norm, gradient norms of its parts where measured)."""
     from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
-    from rayrlhf.engines.supervised import Mix, TrainSettings, train
     from rayrlhf.engines.tasks import LanguageTask, RankingTask
+    from rayrlhf.supervised.loop import Mix, TrainSettings, train
 
     rate = LEARNERS[BUDGETS[budget]].learning_rate
     if task in ("policy", "ptx", "value"):

@@ -167,9 +167,9 @@ def train_without_moving(rank: int, world: int, port: int, folder: str) -> None:
     """Four epochs at a learning rate of 0: what differs from one to the next is dropout and nothing else."""
     from rayrlhf.engines.deepspeed import Learner, LearnerSettings
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
-    from rayrlhf.engines.supervised import TrainSettings, train
     from rayrlhf.engines.tasks import LanguageTask
     from rayrlhf.stages.selection import ResponseLimits, greedy_responses
+    from rayrlhf.supervised.loop import TrainSettings, train
 
     join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     model = dropping_model()

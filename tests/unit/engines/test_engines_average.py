@@ -41,11 +41,11 @@ def test_small_steps_of_bfloat16_weights_are_not_lost():
     module.weight.data = torch.tensor([[2.0]], dtype=torch.bfloat16)
     for _ in range(1000):
         average.update()
-    assert float(average._average[0]) == pytest.approx(2 - 0.999**1000, rel=1e-4)
+    assert float(average.tensors[0]) == pytest.approx(2 - 0.999**1000, rel=1e-4)
 
 
 def test_other_ranks_hold_nothing_of_an_unsharded_model():
-    assert WeightAverage(layer(1.0), 0.9, rank=1)._average == []
+    assert WeightAverage(layer(1.0), 0.9, rank=1).tensors == []
 
 
 def test_each_rank_averages_its_shards():

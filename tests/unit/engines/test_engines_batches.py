@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from engines_fakes import CPU, SHAPES, experiences, rollout, rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.batches import cut_experiences, cut_rollouts, dummy_experience, dummy_rollout
+from tests.engine_fakes import CPU, SHAPES, experiences, rollout, rollouts
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), max_size=12)
 

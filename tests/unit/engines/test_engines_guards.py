@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from engines_fakes import CPU, PlainEngine, experiences
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from rayrlhf.engines import guards
 from rayrlhf.engines.batches import cut_experiences
 from rayrlhf.engines.guards import check_step, first_bad_tensor, local_grad_norm, tensors_of, write_batch
 from rayrlhf.errors import TrainingError
+from tests.engine_fakes import CPU, PlainEngine, experiences
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines_fakes import CPU, SHAPES, PlainEngine, Ranks, experiences, rollout, rollouts, tiny_policy, tiny_scalar
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits, estimate
@@ -13,6 +12,7 @@ from rayrlhf.engines.learning import UpdateSettings, update_policy, update_value
 from rayrlhf.engines.scoring import score_logprobs
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Experience, Rollout, RolloutInfo, Scores
+from tests.engine_fakes import CPU, SHAPES, PlainEngine, Ranks, experiences, rollout, rollouts, tiny_policy, tiny_scalar
 
 
 def random_scores(batch: list[Rollout], seed: int = 0) -> Scores:

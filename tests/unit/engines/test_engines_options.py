@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines_fakes import CPU, VOCAB, PlainEngine, Ranks, experiences, rollout, tiny_policy
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits, estimate
 from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Experience, Rollout, RolloutInfo, Scores
+from tests.engine_fakes import CPU, VOCAB, PlainEngine, Ranks, experiences, rollout, tiny_policy
 
 
 def made(sample_id: int, engine: list[float], truncated: bool = False) -> Rollout:

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from engines_fakes import SHAPES, PlainEngine, rollout, rollouts, tiny_policy, tiny_scalar
 from torch import nn
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.errors import ModelError
 from rayrlhf.weights.probe import ProbeRow
+from tests.engine_fakes import SHAPES, PlainEngine, rollout, rollouts, tiny_policy, tiny_scalar
 
 CUTTINGS = [Cutting(tokens, packed) for tokens in (1, 30, 10_000) for packed in (False, True)]
 

@@ -4,9 +4,11 @@ and otherwise goes the same way."""
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rayrlhf.models.residence import Part, Residence, tensors_within, weights_of
@@ -74,6 +76,15 @@ def test_weights_that_are_also_among_the_rest_stay_with_the_weights() -> None:
     weight, moment = torch.ones(2), torch.ones(3)
     Residence(CPU).occupy("weights", [weight], [weight, moment])
     assert (weight.untyped_storage().nbytes(), moment.untyped_storage().nbytes()) == (8, 0)
+
+
+def test_weights_mapped_from_a_file_stay(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4)}, tmp_path / "w.safetensors")
+    mapped = load_file(tmp_path / "w.safetensors")["w"]
+    residence = Residence(CPU)
+    residence.occupy("none", [mapped], [])
+    residence.occupy("all", [mapped], [])
+    assert mapped.tolist() == [1.0] * 4
 
 
 def test_tensors_are_found_in_containers_in_states_by_parameter_and_as_gradients() -> None:

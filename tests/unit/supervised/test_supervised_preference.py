@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
-from rayrlhf.engines.preference import PreferenceTask, checking_first_loss, response_logprobs
-from rayrlhf.engines.supervised import TrainSettings, train
 from rayrlhf.errors import TrainingError
+from rayrlhf.supervised.loop import TrainSettings, train
+from rayrlhf.supervised.preference import PreferenceTask, checking_first_loss, response_logprobs
+from tests.engine_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy
 
 BETA = 0.3
 CUTTINGS = [Cutting(tokens, packed) for tokens in (1, 60, 10_000) for packed in (False, True)]
@@ -190,7 +190,7 @@ def test_log_probs_of_responses_are_those_of_each_alone(cutting):
 
 
 def test_a_long_pass_over_the_rankings_says_every_so_often_that_it_lives(monkeypatch):
-    monkeypatch.setattr("rayrlhf.engines.preference.RANKINGS_A_REPORT", 3)
+    monkeypatch.setattr("rayrlhf.supervised.preference.RANKINGS_A_REPORT", 3)
     module, heard = tiny_policy(), []
     found = response_logprobs(PlainEngine(module), RANKINGS, Cutting(60), heard.append, "reference")
     assert heard == [{"phase": "reference"}] * 2

@@ -7,14 +7,14 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from engines_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy, tiny_scalar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
-from rayrlhf.engines.supervised import TrainSettings, _batches, train
 from rayrlhf.engines.tasks import LanguageTask, RankingTask, score_sequences
+from rayrlhf.supervised.loop import TrainSettings, _batches, train
+from tests.engine_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy, tiny_scalar
 
 
 def text(tokens: list[int], prompt_tokens: int) -> LMExample:

@@ -1,8 +1,8 @@
 """Supervised training on one rank: the loop that pretrain, sft, reward and dpo share. No Ray.
 
 The loop knows no loss: a `Task` says how its examples become micro-batches, what a minibatch is divided by, and what
-the loss of a micro-batch is. They are in tasks.py (language modelling, ranking) and preference.py (dpo). A `Mix` adds a
-second task's loss to every step.
+the loss of a micro-batch is. They are in engines/tasks.py (language modelling, ranking) and preference.py (dpo). A
+`Mix` adds a second task's loss to every step.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines_fakes import VOCAB, PlainEngine, Ranks, tiny_policy
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
-from rayrlhf.engines.supervised import Mix, TrainSettings, train
 from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel
+from rayrlhf.supervised.loop import Mix, TrainSettings, train
+from tests.engine_fakes import VOCAB, PlainEngine, Ranks, tiny_policy
 
 
 def example(length: int, prompt: int, seed: int) -> LMExample:
@@ -178,7 +178,7 @@ def test_the_end_of_each_epoch_is_announced_once(changes, ends):
 
 def test_the_speed_that_is_logged_leaves_out_what_happens_between_epochs(monkeypatch):
     clock = iter(float(n) for n in range(100))
-    monkeypatch.setattr("rayrlhf.engines.supervised.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("rayrlhf.supervised.loop.perf_counter", lambda: next(clock))
     records: list[dict[str, Any]] = []
 
     def after_epoch(step: int, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Direct preference optimisation on one rank: the task that `supervised.train` runs, and its checks. No Ray.
+"""Direct preference optimisation on one rank: the task that `train` of loop.py runs, and its checks. No Ray.
 
 The reference is the policy itself before its first step: the log-probs that it gives each response are taken once and
 kept as numbers, so that no second model is held. Every pair's loss is then log 2 at the start, which is checked.
@@ -20,9 +20,9 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
 from rayrlhf.engines.batches import Layout, lay_out, spans, to_device
 from rayrlhf.engines.deepspeed import Learner
-from rayrlhf.engines.supervised import Log, Module
 from rayrlhf.engines.tasks import infer_sequences
 from rayrlhf.errors import TrainingError
+from rayrlhf.supervised.loop import Log, Module
 
 __all__ = ["PreferenceTask", "checking_first_loss", "response_logprobs"]
 
