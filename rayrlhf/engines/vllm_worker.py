@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from rayrlhf.weights.buckets import BucketHeader, fingerprint, unpack
 from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
@@ -75,11 +76,22 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         header = BucketHeader.from_dict(update_info.ticket["header"])
         with self._timed("transfer_s"):
             buffer = self._receiver.receive(update_info.ticket)
-        with self._timed("fingerprint_s"):
-            self.fingerprints.append(fingerprint(header, buffer))
         with self._timed("load_s"):
             tensors = ((name, tensor.to(self.device)) for name, tensor in unpack(header, buffer))
             self._loaded |= self.model.load_weights(tensors)
+            self._keep_what_waits(buffer)
+        # Last: the bytes are still the sender's, and one that changed while they were loaded must show.
+        with self._timed("fingerprint_s"):
+            self.fingerprints.append(fingerprint(header, buffer))
+
+    def _keep_what_waits(self, buffer: torch.Tensor) -> None:
+        """vLLM holds tensors until a layer is complete, and the sender uses the buffer's memory again: copy those."""
+        lent = buffer.untyped_storage().data_ptr()
+        for layer in self.model.modules():
+            for _, loading in get_layerwise_info(layer).loaded_weights:
+                for name, value in loading.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == lent:
+                        loading.arguments[name] = value.clone()
 
     def finish_weight_update(self) -> None:
         with self._timed("load_s"):

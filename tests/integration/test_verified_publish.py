@@ -245,8 +245,33 @@ def test_a_prefix_cache_that_was_not_reset_is_found(healthy: Pair, monkeypatch: 
     assert healthy.engine.version is None
 
 
-def test_a_receive_buffer_that_is_used_again_too_early_is_found(healthy: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_that_the_sender_uses_again_while_it_is_loaded_is_found(
+    healthy: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine reads the sender's memory; fingerprints are taken last, so they cover what came in between."""
+    from rayrlhf.engines.vllm_worker import WeightReceiver
+
+    keep = WeightReceiver._keep_what_waits
+
+    def sender_goes_on(self: Any, buffer: torch.Tensor) -> None:
+        keep(self, buffer)
+        for segment in healthy.policy.sender._segments:
+            if segment.buffer is not None:
+                segment.buffer[:64] += 1
+
+    monkeypatch.setattr(WeightReceiver, "_keep_what_waits", sender_goes_on)
+    healthy.policy.train()
+    with pytest.raises(WeightSyncError, match="arrived altered"):
+        healthy.publish()
+    assert healthy.engine.version is None
+
+
+def test_what_waits_for_the_rest_of_its_layer_in_a_buffer_that_is_used_again_is_found(
+    healthy: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fingerprints agree, since they are taken on arrival; the engine holds tensors until a layer is complete."""
+    from rayrlhf.engines.vllm_worker import WeightReceiver
+
     reused = torch.empty(BUCKET * 4, dtype=torch.uint8)
     receive = _Receiver.receive
 
@@ -256,6 +281,7 @@ def test_a_receive_buffer_that_is_used_again_too_early_is_found(healthy: Pair, m
         return reused[: got.numel()]
 
     monkeypatch.setattr(_Receiver, "receive", into_the_same)
+    monkeypatch.setattr(WeightReceiver, "_keep_what_waits", lambda *_: None)
     monkeypatch.setattr(healthy.policy, "bucket_bytes", 1)  # a tensor each, so that every layer comes in several
     healthy.policy.train()
     with pytest.raises(WeightSyncError, match="largest log-prob difference"):

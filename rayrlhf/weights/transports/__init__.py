@@ -3,7 +3,7 @@
     sender (policy rank 0, or every rank)                    receiver (inside each vLLM worker)
     meet(meeting)           -- once, all at the same time -- meet(meeting)                 where `meets`
     reserve(nbytes) -> memory to pack into
-    send(header) -> ticket  -- the driver relays it -->      receive(ticket) -> the bytes, a copy of its own
+    send(header) -> ticket  -- the driver relays it -->      receive(ticket) -> the bytes, good until it returns
     close()
 
 A ticket is plain scalars. The sender may reuse the memory of bucket k for bucket k + 2: the driver asks for that

@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -88,20 +89,27 @@ class _Sender:
 
 
 class _Receiver:
+    """Looks at the sender's own memory, without a copy."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[int, torch.Tensor]] = {}
+
     def meet(self, meeting: Meeting) -> None:
         """The ticket says everything."""
 
     def receive(self, ticket: dict[str, Any]) -> torch.Tensor:
-        header = BucketHeader.from_dict(ticket["header"])
-        # A copy of its own per bucket: the engine's loader keeps references until a layer is complete, and the
-        # sender overwrites the segment two buckets later.
-        buffer = torch.empty(header.nbytes, dtype=torch.uint8)
-        with open(ticket["path"], "rb") as file:
-            file.readinto(buffer.numpy().data)
-        return buffer
+        header, path = BucketHeader.from_dict(ticket["header"]), ticket["path"]
+        with open(path, "rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if self._seen.get(path, (None,))[0] != inode:  # the sender makes a new file when it needs a larger one
+                mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch has no tensors that may not be written to
+                    self._seen[path] = inode, torch.frombuffer(mapped, dtype=torch.uint8)
+        return self._seen[path][1][: header.nbytes]
 
     def close(self) -> None:
-        """Nothing is held between buckets."""
+        self._seen.clear()
 
 
 def _remove_orphans(folder: Path) -> None:
