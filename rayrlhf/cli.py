@@ -43,6 +43,14 @@ VerifyStep = Annotated[
         "difference ends the run with exit code 1.",
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the interrupted run of this name: finished stages are taken as they are, PPO from its newest "
+        "whole checkpoint (checkpoint.every). Settings that change what is learned must be as they were.",
+    ),
+]
 
 Subjects = Annotated[
     list[str], typer.Argument(help="a run's folder, models, section.key=value ...", metavar="RUN|MODEL...")
@@ -54,11 +62,15 @@ EvalOutput = Annotated[
 
 @app.command()
 def run(
-    config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, verify_step: VerifyStep = None
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verify_step: VerifyStep = None,
+    resume: Resume = False,
 ) -> None:
     """All stages in a row: pretrain, sft, reward, ppo; dpo too if run.stages names it. None is run twice for the same
     inputs."""
-    _run(load_config(config, overrides or ()), dry_run, verify_step)
+    _run(load_config(config, overrides or ()), dry_run, verify_step, resume)
 
 
 @app.command()
@@ -87,10 +99,14 @@ def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
 @app.command()
 def ppo(
-    config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, verify_step: VerifyStep = None
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verify_step: VerifyStep = None,
+    resume: Resume = False,
 ) -> None:
     """PPO of the SFT model against the reward model."""
-    _run_one("ppo", config, overrides, dry_run, verify_step)
+    _run_one("ppo", config, overrides, dry_run, verify_step, resume)
 
 
 @app.command("eval")
@@ -148,15 +164,20 @@ def main() -> None:
 
 
 def _run_one(
-    stage: str, config: Path, overrides: list[str] | None, dry_run: bool, verify_step: int | None = None
+    stage: str,
+    config: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+    verify_step: int | None = None,
+    resume: bool = False,
 ) -> None:
-    _run(load_config(config, [*(overrides or ()), f"run.stages=[{stage}]"]), dry_run, verify_step)
+    _run(load_config(config, [*(overrides or ()), f"run.stages=[{stage}]"]), dry_run, verify_step, resume)
 
 
-def _run(config: Config, dry_run: bool, verify_step: int | None) -> None:
+def _run(config: Config, dry_run: bool, verify_step: int | None, resume: bool) -> None:
     from rayrlhf.stages.run import run as run_stages  # torch and Ray: only once the config is known to be good
 
-    run_stages(config, Console(), dry_run, verify_step)
+    run_stages(config, Console(), dry_run, verify_step, resume)
 
 
 def _print(console: Console, problem: Exception) -> None:

@@ -8,6 +8,7 @@
     ├── ActorError (RuntimeError)         a remote actor failed
     │   └── ActorTimeout (TimeoutError)   ... or did not answer before its deadline
     ├── WeightSyncError (RuntimeError)    a publish could not be verified
+    ├── CheckpointError (RuntimeError)    a checkpoint is damaged, or not of this run
     └── TrainingError (RuntimeError)      a run-time guard found training numerically broken
 
 The first four are the user's to mend: the CLI prints them as one message and exits with 2. All of them
@@ -20,6 +21,7 @@ __all__ = [
     "USER_ERRORS",
     "ActorError",
     "ActorTimeout",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "ModelError",
@@ -68,6 +70,10 @@ class ActorTimeout(ActorError, TimeoutError):
 
 class WeightSyncError(RayRLHFError, RuntimeError):
     """A weight publish failed its fingerprint, coverage or log-prob probe."""
+
+
+class CheckpointError(RayRLHFError, RuntimeError):
+    """A checkpoint is damaged or missing, or belongs to a run with other settings."""
 
 
 class TrainingError(RayRLHFError, RuntimeError):

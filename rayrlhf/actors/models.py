@@ -28,6 +28,7 @@ from rayrlhf.engines.estimation import EstimateSettings, estimate
 from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
 from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprobs, score_rewards, score_values
 from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
+from rayrlhf.engines.state import load_state, save_state
 from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.models.residence import Part
@@ -160,6 +161,13 @@ class _LearnerActor(_ModelActor):
     def save(self, folder: str) -> None:
         """Write the weights in Hugging Face format; every rank takes part, rank 0 writes."""
         self.engine.save_pretrained(self._published_module(), Path(folder))
+
+    def save_state(self, folder: str) -> None:
+        """All that an exact resume needs; every rank writes its own part."""
+        save_state(self.engine, Path(folder))
+
+    def load_state(self, folder: str) -> None:
+        load_state(self.engine, Path(folder))
 
     def record_before(self, folder: str) -> int:
         """Write weights and Adam's state into `folder`, and when it is whole the next gradient.

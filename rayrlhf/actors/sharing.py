@@ -30,7 +30,10 @@ __all__ = ["NEEDS", "SharedDevices", "held_by"]
 # What a role's methods need of its model; those that are not named need nothing.
 NEEDS: Mapping[str, Part] = {
     **dict.fromkeys(("score", "probe", "save", "text_loss", "choice_logprobs"), "weights"),
-    **dict.fromkeys(("start", "reload", "update", "save_average", "record_before", "record_after"), "all"),
+    **dict.fromkeys(
+        ("start", "reload", "update", "save_average", "save_state", "load_state", "record_before", "record_after"),
+        "all",
+    ),
 }
 SIZE: Mapping[Part, int] = {"none": 0, "weights": 1, "all": 2}
 

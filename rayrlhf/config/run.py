@@ -34,9 +34,11 @@ class RunConfig(Section):
 
 class CheckpointConfig(Section):
     every: NonNegativeInt = 0
-    """PPO steps between saved policies; 0 saves the last one only."""
+    """PPO steps between checkpoints, from which `--resume` goes on; 0 saves only the models that the run ends with."""
     keep: PositiveInt = 2
-    """How many of them stay on disk."""
+    """How many of the newest stay on disk."""
+    keep_best: NonNegativeInt = 0
+    """Beside them so many of those whose step had the highest mean reward."""
 
 
 class TrackingConfig(Section):

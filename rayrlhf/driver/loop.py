@@ -10,7 +10,7 @@
                              │
               policy ────► rollout (vLLM)         "publish"    the next version, verified
                              │
-                          disk                    "save"       when due
+                          disk                    "save"       when due, once the step's record is written
 
 The driver holds handles, ids and scalars; tokens go from actor to actor.
 """
@@ -63,10 +63,14 @@ class Parts:
     """read once a step, outside every phase: memory per role"""
 
 
-async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int:
-    """Run until the pacing ends; returns the last published version (the number of steps)."""
-    clock, step = parts.clock, 0
-    await parts.weights.publish(version=0)  # the engines prove that they hold the policy before they sample
+async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: int = 0) -> int:
+    """Run until the pacing ends; returns the last published version (the number of steps).
+
+    Args:
+        step: how many are done already; the pacing starts there too.
+    """
+    clock = parts.clock
+    await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
     clock.start_step()
     async with aclosing(pacing.scored_batches(parts.rollout, parts.scorers)) as batches:
         async for batch in batches:
@@ -77,8 +81,6 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
                 report = await parts.learners.update(experience, step)
             with clock.phase("publish"):
                 published = await parts.weights.publish(version=step + 1)
-            with clock.phase("save"):
-                await parts.checkpoints.save_if_due(step + 1)
             step += 1
             record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
             kl.update(report.kl, report.num_samples)
@@ -87,6 +89,8 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL) -> int
             times = clock.end_step()
             parts.sink.write(record | times | _throughput(batch.rollouts, times))
             clock.start_step()
+            with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
+                await parts.checkpoints.save_if_due(step, kl.coef, report.metrics)
     return step
 
 

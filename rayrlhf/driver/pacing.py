@@ -34,19 +34,21 @@ class PromptStream:
     depend on which engine draws it.
     """
 
-    def __init__(self, prompt_ids: list[int], seed: int, repeats: int = 1) -> None:
+    def __init__(self, prompt_ids: list[int], seed: int, repeats: int = 1, drawn: int = 0) -> None:
+        """`drawn`: responses before the first of these; it is all there is to save."""
         self._prompt_ids = prompt_ids
         self._seed = seed
         self._repeats = repeats
-        self._drawn = 0
+        self._drawn = drawn
+        self._epoch: int | None = None
 
     def take(self, count: int) -> list[SampleRequest]:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> SampleRequest:
         epoch, place = divmod(self._drawn // self._repeats, len(self._prompt_ids))
-        if place == 0:
-            self._order = epoch_order(len(self._prompt_ids), self._seed, epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self._prompt_ids), self._seed, epoch)
         prompt_id = self._prompt_ids[int(self._order[place])]
         request = SampleRequest(self._drawn, prompt_id, sample_seed(self._seed, epoch, prompt_id, self._drawn))
         self._drawn += 1
@@ -78,10 +80,11 @@ class SyncPacing:
 
     max_staleness = 0
 
-    def __init__(self, prompts: PromptStream, batch_size: int, steps: int, clock: StepClock) -> None:
+    def __init__(self, prompts: PromptStream, batch_size: int, steps: int, clock: StepClock, done: int = 0) -> None:
+        """`done` of the `steps` are."""
         self._prompts = prompts
         self._batch_size = batch_size
-        self._steps = steps
+        self._steps = range(done, steps)
         self._clock = clock
 
     async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]:
@@ -89,7 +92,7 @@ class SyncPacing:
             frozen, learning = await asyncio.gather(scorers.frozen(batch), scorers.learning(batch))
             return (*frozen, *learning)
 
-        for step in range(self._steps):
+        for step in self._steps:
             drawing = _Drawing(score)
             with self._clock.phase("generate"):
                 batch = await drawing.sample(rollout, self._prompts.take(self._batch_size))
@@ -106,11 +109,18 @@ class OverlapPacing:
     """
 
     def __init__(
-        self, prompts: PromptStream, batch_size: int, steps: int, clock: StepClock, max_staleness: int
+        self,
+        prompts: PromptStream,
+        batch_size: int,
+        steps: int,
+        clock: StepClock,
+        max_staleness: int,
+        done: int = 0,
     ) -> None:
+        """`done` of the `steps` are."""
         self._prompts = prompts
         self._batch_size = batch_size
-        self._steps = steps
+        self._steps = range(done, steps)
         self._clock = clock
         self.max_staleness = max_staleness
 
@@ -119,8 +129,8 @@ class OverlapPacing:
         ready: asyncio.Queue[tuple[RolloutBatch, tuple[Handle, ...]]] = asyncio.Queue()
         producer = asyncio.ensure_future(self._produce(rollout, scorers, admitted, ready))
         try:
-            for step in range(self._steps):
-                if step:
+            for step in self._steps:
+                if step > self._steps.start:
                     admitted.release()  # the loop asks for more once it has published version `step`
                 with self._clock.phase("generate"):
                     batch, frozen = await _get(ready, producer)
@@ -138,7 +148,7 @@ class OverlapPacing:
         admitted: asyncio.Semaphore,
         ready: asyncio.Queue[tuple[RolloutBatch, tuple[Handle, ...]]],
     ) -> None:
-        for _ in range(self._steps):
+        for _ in self._steps:
             await admitted.acquire()
             drawing = _Drawing(scorers.frozen)
             with self._clock.background("generate"):

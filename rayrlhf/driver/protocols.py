@@ -87,7 +87,9 @@ class Weights(Protocol):
 
 
 class Checkpoints(Protocol):
-    async def save_if_due(self, step: int) -> None: ...
+    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
+        """`kl_coef`: of the next step."""
+        ...
 
 
 class MetricSink(Protocol):

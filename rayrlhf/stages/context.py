@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,8 +26,12 @@ class StageContext:
     """of the run: logs, metrics, model"""
     sink: RunSink
     console: Console
+    resume: bool = False
+    """Go on from the newest checkpoint."""
     verify_step: int | None = None
     """The PPO step, counted from 1, that is compared with the reference trainer."""
+    inputs: Mapping[str, Any] = field(default_factory=dict, init=False)
+    """All that goes into the stage under way, as its artifact names it."""
     kept: KeptActors = field(default_factory=KeptActors, init=False)
     """Actors between two stages that sample."""
     _connected: bool = field(default=False, init=False)

@@ -30,7 +30,7 @@ from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet, first_ratio
-from rayrlhf.stages.saving import PolicySaver
+from rayrlhf.stages.saving import RECORDS, PolicySaver
 from rayrlhf.stages.verification import VerifiedLearners
 
 __all__ = ["join_arms", "judge_of", "run_ppo_stage"]
@@ -146,28 +146,33 @@ class _Arm:
         return _summary(history) | {"seconds": perf_counter() - start}
 
     def _saver(self) -> PolicySaver:
-        return PolicySaver(self.roles.groups, self.context, self.config, self.name)
+        return PolicySaver(self.roles.groups, self.context, self.config, self.folder, self.name)
 
     async def _loop(self) -> None:
-        config, ppo, groups = self.config, self.config.ppo, self.roles.groups
-        prompts = self.context.data.prompts.tokens
-        stream = PromptStream([p.prompt_id for p in prompts], config.run.seed, ppo.samples_per_prompt)
+        ppo, groups, saver = self.config.ppo, self.roles.groups, self._saver()
+        found = await saver.resume() if self.context.resume else None
+        done, state = (found.step, found.state) if found else (0, {})
         pool = self.roles.pool()
-        learners = LearnerRoles(groups["policy"], groups.get("value"), self._step_plan())
+        plan = self._step_plan(state.get("text_drawn", 0))
+        saver.text = plan.text.stream if plan.text else None
+        learners = LearnerRoles(groups["policy"], groups.get("value"), plan)
         sink = _StageSink(self.context, self.progress, self.name, ppo.steps, self.folder)
+        if found:
+            sink.write_again(found.folder)
         parts = Parts(
             rollout=pool,
             scorers=ScorerRoles(*self._scoring_groups()),
             learners=self._verified(learners) if self.context.verify_step else learners,
             weights=pool,
-            checkpoints=self._saver(),
+            checkpoints=saver,
             sink=sink,
             clock=self.clock,
             gauges=partial(self.roles.memory, without="rollout"),  # which says it with each publish
         )
-        kl = AdaptiveKL(ppo.kl.coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(ppo.kl.coef)
+        coef = state.get("kl_coef", ppo.kl.coef)
+        kl = AdaptiveKL(coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(coef)
         try:
-            await run_ppo(parts, self._pacing(stream), kl)
+            await run_ppo(parts, self._pacing(done), kl, done)
         finally:
             sink.close()
 
@@ -175,11 +180,12 @@ class _Arm:
         stage, blocks = self.stage, self.stage.text_blocks() if self.config.ppo.ptx.coef else None
         return VerifiedLearners(self.context, stage.parents, self.roles.groups, learners, blocks, self.progress.phase)
 
-    def _pacing(self, stream: PromptStream) -> SyncPacing | OverlapPacing:
-        ppo = self.config.ppo
+    def _pacing(self, done: int) -> SyncPacing | OverlapPacing:
+        ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]
+        stream = PromptStream(prompts, self.config.run.seed, ppo.samples_per_prompt, done * ppo.batch_size)
         if ppo.pacing.kind == "sync":
-            return SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock)
-        return OverlapPacing(stream, ppo.batch_size, ppo.steps, self.clock, ppo.pacing.max_staleness)
+            return SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock, done)
+        return OverlapPacing(stream, ppo.batch_size, ppo.steps, self.clock, ppo.pacing.max_staleness, done)
 
     def _scoring_groups(self) -> tuple[list[ActorGroup], list[ActorGroup]]:
         """The frozen roles and those that learn; not the policy where the engine's log-probs stand for its own."""
@@ -187,11 +193,11 @@ class _Arm:
         learning = ("value",) if self.config.ppo.old_logprobs == "rollout" else ("policy", "value")
         return [groups[r] for r in ("reference", "reward")], [groups[r] for r in learning if r in groups]
 
-    def _step_plan(self) -> StepPlan:
+    def _step_plan(self, text_drawn: int) -> StepPlan:
         config, ppo = self.config, self.config.ppo
         text = None
         if ppo.ptx.coef:
-            stream = TextStream(len(self.context.data.pretrain.train), config.run.seed)
+            stream = TextStream(len(self.context.data.pretrain.train), config.run.seed, text_drawn)
             text = TextPlan(stream, ppo.ptx.examples_per_episode, ppo.ptx.norms_every)
 
         def rates(step: int) -> tuple[float, float]:
@@ -232,6 +238,16 @@ class _StageSink:
         names = {"reward/mean": "reward", "reward/gold": "gold", "kl/mean": "kl", "response/length_mean": "length"}
         shown = {word: record[name] for name, word in names.items() if name in record}
         self._progress.step(record["step"], self._steps, shown, **self._arm)
+
+    def write_again(self, checkpoint: Path) -> None:
+        """The records of the steps that a checkpoint covers."""
+        metrics, samples = (read_jsonl(checkpoint / name) for name in RECORDS)
+        for record in metrics:
+            self._context.sink.write({"stage": "ppo", **record})
+            self._kept[0].write(record)
+        for sample in samples:
+            self._context.sink.write_sample(sample)
+            self._kept[1].write(sample)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         for sample in samples:

@@ -33,6 +33,7 @@ from rayrlhf.stages.evaluation import run_eval
 from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.ppo import run_ppo_stage
+from rayrlhf.stages.resume import check_same
 from rayrlhf.stages.reward import run_reward
 from rayrlhf.stages.summary import show_counts, show_placement, show_summary
 from rayrlhf.stages.world import with_world
@@ -53,10 +54,13 @@ LEFT: dict[StageName, tuple[str, ...]] = {"ppo": ("trace.json",), "eval": ("eval
 POLICIES: dict[StageName, str] = {"dpo": "model_dpo", "ppo": "model"}
 
 
-def run(config: Config, console: Console, dry_run: bool = False, verify_step: int | None = None) -> Path:
+def run(
+    config: Config, console: Console, dry_run: bool = False, verify_step: int | None = None, resume: bool = False
+) -> Path:
     """Check everything, then run the stages that are not done yet. Returns the run's folder.
 
     Args:
+        resume: go on with the interrupted run of this name, PPO from its newest checkpoint.
         verify_step: the PPO step, counted from 1, that is compared with the reference trainer; the ppo stage is then
             run even if it was done before.
 
@@ -84,6 +88,8 @@ def run(config: Config, console: Console, dry_run: bool = False, verify_step: in
         preflight.check_evaluation(config, data)
     preflight.check_world(config, data, todo)
     _check_parents(config, lineage, todo)
+    if resume and "ppo" in todo:
+        check_same(config.run.output / config.run.name, config, lineage.inputs("ppo"))
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
         show_placement(console, config, todo)
@@ -92,7 +98,7 @@ def run(config: Config, console: Console, dry_run: bool = False, verify_step: in
     show_counts(console, counts)
     for problem in unsupported():
         console.print(f"[yellow]{problem}[/]")
-    return _Run(config, console, store, lineage, data, verify_step).execute()
+    return _Run(config, console, store, lineage, data, verify_step, resume).execute()
 
 
 def _take_rankings(data: Datasets, lineage: Lineage) -> None:
@@ -128,6 +134,7 @@ class _Run:
         lineage: Lineage,
         data: Datasets,
         verify_step: int | None,
+        resume: bool,
     ) -> None:
         self.config = config
         self.console = console
@@ -135,12 +142,13 @@ class _Run:
         self.lineage = lineage
         self.data = data
         self.verify_step = verify_step
+        self.resume = resume
         self.folder = (config.run.output / config.run.name).resolve()
 
     def execute(self) -> Path:
         self._prepare_folder()
         sink = RunSink(self.folder, self._wandb())
-        context = StageContext(self.config, self.data, self.folder, sink, self.console, self.verify_step)
+        context = StageContext(self.config, self.data, self.folder, sink, self.console, self.resume, self.verify_step)
         summary: dict[str, Any] = {
             "name": self.config.run.name,
             "seed": self.config.run.seed,
@@ -170,6 +178,7 @@ class _Run:
         artifact, start = self.lineage.finished(stage), perf_counter()
         cached = artifact is not None
         if artifact is None:
+            context.inputs = self.lineage.inputs(stage)
             workspace = self.store.workspace(stage, key)
             try:
                 result = BODIES[stage](context, self.lineage.parent_models(stage), workspace)
@@ -212,8 +221,14 @@ class _Run:
                 context.sink.write_sample(record)
 
     def _prepare_folder(self) -> None:
-        """A fresh folder; an earlier run of this name moves aside, whole. One that is only shown again stays."""
-        if self.folder.exists() and any(self.lineage.finished(stage) is None for stage in self.config.stages()):
+        """A fresh folder; an earlier run of this name moves aside, whole, unless it is resumed or only shown again."""
+        if self.resume and not self.folder.exists():
+            self.console.print(f"there is no {self.folder} to resume: starting it", highlight=False, soft_wrap=True)
+        if (
+            not self.resume
+            and self.folder.exists()
+            and any(self.lineage.finished(stage) is None for stage in self.config.stages())
+        ):
             numbers = (n for n in count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
             aside = self.folder.with_name(f"{self.folder.name}.{next(numbers)}")
             self.folder.rename(aside)

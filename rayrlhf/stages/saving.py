@@ -1,46 +1,76 @@
-"""Saving the policy and the value model of a PPO run, every so often and at its end."""
+"""Saving a PPO run: checkpoints every so often, from which it can go on, and the models at its end."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from rayrlhf.actors.group import ActorGroup
+from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
+from rayrlhf.driver.pacing import TextStream
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.resume import inputs_of_arm, store_of_arm
 
-__all__ = ["PolicySaver"]
+__all__ = ["RECORDS", "PolicySaver"]
+
+# What a checkpoint holds of the steps up to its own.
+RECORDS = ("metrics.jsonl", "samples.jsonl")
 
 
 class PolicySaver:
-    """`checkpoints/step-000010/{model,value,...}` in Hugging Face format; a folder is there whole or not at all."""
+    """`checkpoints/step-000010/`: {model,value,...} in Hugging Face format, `state/` to resume from, the records."""
 
     def __init__(
-        self, groups: Mapping[str, ActorGroup], context: StageContext, config: Config, arm: str | None = None
+        self,
+        groups: Mapping[str, ActorGroup],
+        context: StageContext,
+        config: Config,
+        folder: Path,
+        arm: str | None = None,
     ) -> None:
+        """`folder`: where the records of this run (of this arm) grow."""
         self._groups = groups
         self._context = context
-        self._config = config.checkpoint
+        self._folder = folder
+        self._every = config.checkpoint.every
         self._averages = config.ppo.ema is not None
-        self._folder = context.folder / "checkpoints" / (arm or "")
         self._models = {role: name for role, name in (("policy", "model"), ("value", "value")) if role in groups}
+        self._inputs = inputs_of_arm(context.inputs, config)
+        self._store = store_of_arm(context.folder, config, arm)
+        self.text: TextStream | None = None
+        """PPO-ptx's, whose place is part of the state"""
 
-    async def save_if_due(self, step: int) -> None:
-        if not self._config.every or step % self._config.every:
+    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
+        if not self._every or step % self._every:
             return
-        partial, final = self._folder / f".step-{step:06d}.partial", self._folder / f"step-{step:06d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial = self._store.begin(step)
         await self.save_to(partial)
-        (partial / "manifest.json").write_text(json.dumps({"step": step}), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        for old in sorted(self._folder.glob("step-*"))[: -self._config.keep]:
-            shutil.rmtree(old)
+        await self._each("save_state", partial / "state")
+        for name in RECORDS:
+            shutil.copy2(self._folder / name, partial / name)
+        state = {"kl_coef": kl_coef, "text_drawn": self.text.drawn if self.text else 0}
+        # Hashing and flushing take a while, and the next step's responses may be on their way.
+        await asyncio.to_thread(self._store.finish, step, state, self._inputs, metrics.get("reward/mean"))
+
+    async def resume(self) -> Checkpoint | None:
+        """Let the learners become what the newest whole checkpoint holds, if there is one.
+
+        Raises:
+            CheckpointError: it does not fit the learners.
+        """
+        found = await asyncio.to_thread(self._store.newest)
+        for reason in self._store.damaged:
+            self._context.console.print(f"[yellow]not a whole checkpoint, passed over:[/] {reason}", soft_wrap=True)
+        if found is not None:
+            await self._each("load_state", found.folder / "state")
+        return found
+
+    async def _each(self, method: str, folder: Path) -> None:
+        calls = [self._groups[role].call(method, str(folder / role)) for role in self._models]
+        await asyncio.gather(*calls)
 
     async def save_to(self, folder: Path) -> None:
         """All models that learn at once, each written by its rank 0; then the policy's average, and tokenizers."""

@@ -84,8 +84,8 @@ class World:
         parts = {"gather_s": 0.05, "transfer_s": 0.2, "fingerprint_s": 0.1, "load_s": 0.3, "probe_s": 0.125}
         return Publication(version, buckets=2, seconds=0.5, nbytes=2**29, memory_gib=2.5, **parts)
 
-    async def save_if_due(self, step: int) -> None:
-        self._called("save_if_due", step)
+    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
+        self._called("save_if_due", step, kl_coef, metrics["reward/mean"])
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._called("write", record["step"])

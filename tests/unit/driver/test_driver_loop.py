@@ -19,7 +19,7 @@ BATCH = 3
 # Of one step, in order.
 CALLS = [
     *("generate", "frozen", "learning", "estimate", "update"),
-    *("publish", "save_if_due", "write_samples", "gauges", "write"),
+    *("publish", "write_samples", "gauges", "write", "save_if_due"),
 ]
 
 
@@ -61,7 +61,8 @@ def test_handles_travel_from_part_to_part_unopened():
 def test_steps_are_counted_from_one_in_everything_written():
     world = World()
     drive(world)
-    assert named(world, "save_if_due") == named(world, "write") == named(world, "write_samples") == [(1,), (2,), (3,)]
+    assert named(world, "write") == named(world, "write_samples") == [(1,), (2,), (3,)]
+    assert [step for step, _, _ in named(world, "save_if_due")] == [1, 2, 3]
     assert world.samples == [(step, [{"response": "yes"}]) for step in (1, 2, 3)]
 
 
@@ -77,6 +78,21 @@ def test_a_step_uses_and_reports_the_coefficient_from_before_its_own_update():
     assert [call[-1] for call in named(world, "estimate")] == [0.1, 0.2, 0.4]
     assert [record["kl/coef"] for record in world.records] == [0.1, 0.2, 0.4]
     assert kl.coef == 0.8
+
+
+def test_a_checkpoint_holds_the_coefficient_of_the_step_that_follows():
+    world = World()
+    drive(world, kl=KL(0.1))
+    assert named(world, "save_if_due") == [(1, 0.2, 0.5), (2, 0.4, 0.5), (3, 0.8, 0.5)]
+
+
+def test_a_run_that_goes_on_counts_on_and_publishes_where_it_was():
+    world = World()
+    pacing = SyncPacing(PromptStream([10, 11, 12], seed=0, drawn=2 * BATCH), BATCH, 4, world.clock, done=2)
+    assert asyncio.run(run_ppo(world.parts(), pacing, KL(), 2)) == 4
+    assert named(world, "publish") == [(2,), (3,), (4,)]
+    assert [record["step"] for record in world.records] == [3, 4]
+    assert [r.sample_id for r in world.asked[0]] == [6, 7, 8]
 
 
 def test_an_adaptive_coefficient_steers_the_next_step():

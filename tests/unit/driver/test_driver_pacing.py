@@ -127,3 +127,9 @@ def test_text_goes_on_where_it_was_left(blocks, before, after):
 def test_text_and_prompts_are_shuffled_apart():
     prompts = [r.prompt_id for r in PromptStream(list(range(50)), seed=1).take(50)]
     assert TextStream(50, seed=1).take(50) != prompts
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 7), (3, 9), (5, 5), (13, 12)])
+def test_prompts_go_on_where_they_were_left(before: int, after: int):
+    whole = PromptStream(IDS, seed=3, repeats=2).take(before + after)
+    assert PromptStream(IDS, seed=3, repeats=2, drawn=before).take(after) == whole[before:]

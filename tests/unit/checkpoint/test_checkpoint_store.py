@@ -1,0 +1,121 @@
+"""Checkpoints are whole or they are not used, whatever has happened to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rayrlhf.checkpoint import store as store_module
+from rayrlhf.checkpoint.store import CheckpointStore
+
+STATE, INPUTS = {"kl_coef": 0.125}, {"sections": {"ppo": {"clip": 0.2}}}
+
+
+def save(store: CheckpointStore, step: int, score: float | None = None) -> Path:
+    folder = store.begin(step)
+    (folder / "state" / "policy").mkdir(parents=True)
+    (folder / "state" / "policy" / "state-0.safetensors").write_bytes(bytes(range(256)) * step)
+    (folder / "model.txt").write_text(f"step {step}")
+    return store.finish(step, STATE, INPUTS, score)
+
+
+def steps(store: CheckpointStore) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step-")) for folder in store.root.glob("step-*"))
+
+
+def test_the_newest_comes_back_with_all_that_was_said_of_it(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 9)
+    save(store, 10)
+    found = CheckpointStore(tmp_path).newest()
+    assert found is not None
+    assert (found.step, found.folder) == (10, tmp_path / "step-000010")
+    assert (found.state, found.inputs) == (STATE, INPUTS)
+    manifest = json.loads((found.folder / "manifest.json").read_text())
+    assert manifest["files"]["model.txt"][0] == len("step 10")
+    assert sorted(manifest["files"]) == ["model.txt", "state/policy/state-0.safetensors"]
+
+
+def test_where_there_is_none_nothing_is_found(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "never").newest() is None
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("spoil", [cut_short, flipped, Path.unlink], ids=["cut short", "one bit", "missing"])
+def test_a_spoilt_file_is_found_and_the_checkpoint_before_is_used(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    spoil(save(store, 2) / "state" / "policy" / "state-0.safetensors")
+    found = store.newest()
+    assert found is not None
+    assert found.step == 1
+    (reason,) = store.damaged
+    assert "step-000002/state/policy/state-0.safetensors" in reason
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"step": 2}', "[]"])
+def test_a_manifest_that_cannot_be_read_is_no_checkpoint(tmp_path: Path, text: str) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (save(store, 2) / "manifest.json").write_text(text)
+    found = store.newest()
+    assert found is not None
+    assert found.step == 1
+    assert "step-000002" in store.damaged[0]
+
+
+def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("_sealed", "_flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(store_module, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                save(store, 2)
+        found = store.newest()
+        assert found is not None
+        assert found.step == 1
+        assert store.damaged == []
+
+
+def test_a_step_that_is_saved_again_replaces_itself(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = save(store, 3)
+    (folder / "model.txt").write_text("altered")
+    save(store, 3)
+    assert store.newest() is not None
+    assert steps(store) == [3]
+
+
+def test_the_newest_stay_and_the_best_beside_them(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2, keep_best=1)
+    for step, score in enumerate([0.1, 0.9, 0.5, None, 0.2], start=1):
+        save(store, step, score)
+    assert steps(store) == [2, 4, 5]
+
+
+def test_a_checkpoint_can_be_moved(tmp_path: Path) -> None:
+    save(CheckpointStore(tmp_path / "here"), 4)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    found = CheckpointStore(tmp_path / "there").newest()
+    assert found is not None
+    assert found.step == 4
