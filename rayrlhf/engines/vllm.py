@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from time import perf_counter
 from typing import Any
 
@@ -178,12 +179,14 @@ class RolloutEngine:
         """
         self._rpc("finish_weight_update")
         receipts = self._llm.collective_rpc("weight_receipt")
-        # Shards of one tensor-parallel engine receive the same buckets; any that differs is the one to report.
-        fingerprints, missing, seconds = next((r for r in receipts if r[0] != receipts[0][0] or r[1]), receipts[0])
+        # Shards of one tensor-parallel engine receive the same buckets; where one got another, both are reported.
+        got = zip_longest(*(prints for prints, _, _ in receipts), fillvalue="none")
+        fingerprints = tuple("/".join(dict.fromkeys(prints)) for prints in got)
+        missing = tuple(sorted({name for _, names, _ in receipts for name in names}))
         self._drop_caches()
         start = perf_counter()
         logprobs = self._probe(rows)
-        return EngineReceipt(tuple(fingerprints), tuple(missing), logprobs, **seconds, probe_s=perf_counter() - start)
+        return EngineReceipt(fingerprints, missing, logprobs, **receipts[0][2], probe_s=perf_counter() - start)
 
     def _drop_caches(self) -> None:
         """Cached prefixes were computed by the old weights. No log-prob of the probe would show one that stayed."""

@@ -1,14 +1,16 @@
 """A publish into a real vLLM engine: what must arrive arrives, and each planted fault is found.
 
-The engine runs in this process (it is a library here), the sender is the learner's own code path: publish names,
-buckets, shared memory, fingerprints, probe.
+The engine runs in this process (it is a library here), or with tensor parallelism in one process a shard; the sender
+is the learner's own code path: publish names, buckets, shared memory, fingerprints, probe. A receiver's faults are
+planted where it runs, through the engine's own calls to its workers, on one shard at a time too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,6 @@ from rayrlhf.weights.names import publish_names
 from rayrlhf.weights.probe import ProbeRow, probe_rows
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 from rayrlhf.weights.transports import create_sender
-from rayrlhf.weights.transports.shared_memory import _Receiver
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -100,7 +101,7 @@ class Target:
 
 
 class Pair:
-    def __init__(self, folder: Path, architecture: str, tied: bool) -> None:
+    def __init__(self, folder: Path, architecture: str, tied: bool, shards: int) -> None:
         from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
 
         spec = FromScratch(
@@ -121,7 +122,7 @@ class Pair:
             context=CONTEXT,
             max_tokens=12,
             temperature=0.7,
-            tensor_parallel=1,
+            tensor_parallel=shards,
             threads=1,
             kv_cache_gib=1,
             gpu_memory_utilization=0.5,
@@ -136,6 +137,7 @@ class Pair:
         prompts.append(PromptTokens(LONG, np.arange(5, 145, dtype=np.int32)))
         self.engine = RolloutEngine(settings, prompts)
         self.publisher = WeightPublisher(probe_rows(VOCAB, 64, CONTEXT), "float32", None)
+        self.shards = shards
         self.version = 0
         self.publish()
 
@@ -143,20 +145,109 @@ class Pair:
         self.version += 1
         return asyncio.run(self.publisher.publish(self.version, self.policy, [Target(self.engine)]))
 
+    def plant(self, fault: str, shards: Sequence[int]) -> None:
+        self.engine._llm.collective_rpc(plant, args=(fault, list(shards)))
+
+    def heal(self) -> None:
+        """Nothing is planted any more, and the engine serves what the policy is."""
+        self.policy.drop, self.policy.corrupt, self.policy.bucket_bytes = set(), None, BUCKET
+        self.engine._llm.collective_rpc(heal)
+        self.publish()
+        assert self.engine.version == self.version
+
+    def every_choice_of_shards(self) -> list[tuple[int, ...]]:
+        return [c for n in range(1, self.shards + 1) for c in combinations(range(self.shards), n)]
+
+
+# ---- in the engine's workers -----------------------------------------------------------------------------------------
+
+
+def plant(worker: Any, fault: str, shards: list[int]) -> None:
+    """From here on something goes wrong between the receiver of these shards and their model."""
+    engine = worker.weight_transfer_engine
+    if engine.parallel_config.rank not in shards:
+        return
+    receiver, model = engine._receiver, engine.model
+    receive, receive_weights, load_weights = receiver.receive, engine.receive_weights, model.load_weights
+    keep = engine._keep_what_waits
+    first: dict[str, torch.Tensor] = {}
+    reused = torch.empty(BUCKET * 4, dtype=torch.uint8)
+
+    def with_a_flipped_bit(ticket: dict[str, Any]) -> torch.Tensor:
+        got = receive(ticket).clone()
+        if ticket["header"]["index"] == 1:
+            got[4] ^= 1  # the last bit of the second number: no log-prob of the probe shows it
+        return got
+
+    def of_the_first_version(ticket: dict[str, Any]) -> torch.Tensor:
+        got = receive(ticket)
+        return first.setdefault("bucket", got.clone()) if ticket["header"]["index"] == 1 else got
+
+    def into_the_same_memory(ticket: dict[str, Any]) -> torch.Tensor:
+        got = receive(ticket)
+        reused[: got.numel()].copy_(got)
+        return reused[: got.numel()]
+
+    def changed_while_it_is_loaded(buffer: torch.Tensor) -> None:
+        keep(buffer)
+        buffer[:64] += 1
+
+    def without_one_bucket(update: Any) -> None:
+        if update.ticket["header"]["index"] != 1:
+            receive_weights(update)
+
+    def with_the_first_head(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load_weights((n, first.setdefault(n, t.clone()) if n == "lm_head.weight" else t) for n, t in weights)
+
+    if fault == "dropped bucket":
+        engine.receive_weights = without_one_bucket
+    elif fault == "stale head":
+        model.load_weights = with_the_first_head
+    elif fault == "changed buffer":
+        receiver.receive = lambda ticket: receive(ticket).clone()  # the sender's own cannot be written to from here
+        engine._keep_what_waits = changed_while_it_is_loaded
+    else:
+        if fault == "reused buffer":
+            engine._keep_what_waits = lambda buffer: None
+        receiver.receive = {
+            "flipped bit": with_a_flipped_bit,
+            "previous version": of_the_first_version,
+            "reused buffer": into_the_same_memory,
+        }[fault]
+
+
+def heal(worker: Any) -> None:
+    engine = worker.weight_transfer_engine
+    vars(engine._receiver).pop("receive", None)
+    vars(engine).pop("receive_weights", None)
+    vars(engine).pop("_keep_what_waits", None)
+    vars(engine.model).pop("load_weights", None)
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
 
 # An engine that is collected takes vLLM's process-wide parallel state with it, under the next one's feet.
 ALIVE: list[Pair] = []
-CASES = [("llama", True), ("llama", False), ("gpt2", True)]
+CASES = {
+    "llama_tied": ("llama", True, 1),
+    "llama_untied": ("llama", False, 1),
+    "gpt2_tied": ("gpt2", True, 1),
+    "llama_tied_two_shards": ("llama", True, 2),
+    "llama_untied_two_shards": ("llama", False, 2),
+}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["llama_tied", "llama_untied", "gpt2_tied"])
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    architecture, tied = request.param
+    architecture, tied, shards = request.param
     environment = dict(os.environ)
-    made = Pair(tmp_path_factory.mktemp("model"), architecture, tied)
+    made = Pair(tmp_path_factory.mktemp("model"), architecture, tied, shards)
     ALIVE.append(made)
     yield made
     made.policy.sender.close()
+    if shards > 1:
+        made.engine.close()
     os.environ.clear()
     os.environ.update(environment)
 
@@ -164,11 +255,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def healthy(pair: Pair) -> Iterator[Pair]:
     """Before and after each test the engine serves what the policy is."""
-    pair.policy.drop, pair.policy.corrupt = set(), None
     yield pair
-    pair.policy.drop, pair.policy.corrupt = set(), None
-    pair.publish()
-    assert pair.engine.version == pair.version
+    pair.heal()
 
 
 def requests() -> list[SampleRequest]:
@@ -245,45 +333,28 @@ def test_a_prefix_cache_that_was_not_reset_is_found(healthy: Pair, monkeypatch: 
     assert healthy.engine.version is None
 
 
-def test_a_buffer_that_the_sender_uses_again_while_it_is_loaded_is_found(
-    healthy: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine reads the sender's memory; fingerprints are taken last, so they cover what came in between."""
-    from rayrlhf.engines.vllm_worker import WeightReceiver
-
-    keep = WeightReceiver._keep_what_waits
-
-    def sender_goes_on(self: Any, buffer: torch.Tensor) -> None:
-        keep(self, buffer)
-        for segment in healthy.policy.sender._segments:
-            if segment.buffer is not None:
-                segment.buffer[:64] += 1
-
-    monkeypatch.setattr(WeightReceiver, "_keep_what_waits", sender_goes_on)
-    healthy.policy.train()
-    with pytest.raises(WeightSyncError, match="arrived altered"):
-        healthy.publish()
-    assert healthy.engine.version is None
+# What says so. A head that stayed old, and a layer's part in a buffer that is used again before the layer is complete,
+# are beyond the fingerprint: only log-probs can tell.
+FOUND = {
+    "flipped bit": r"bucket 1 of \d+ arrived altered",
+    "changed buffer": r"bucket 0 of \d+ arrived altered",
+    "previous version": r"bucket 1 of \d+ arrived altered",
+    "dropped bucket": "no weights came for",
+    "stale head": "largest log-prob difference",
+    "reused buffer": "largest log-prob difference",
+}
 
 
-def test_what_waits_for_the_rest_of_its_layer_in_a_buffer_that_is_used_again_is_found(
-    healthy: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fingerprints agree, since they are taken on arrival; the engine holds tensors until a layer is complete."""
-    from rayrlhf.engines.vllm_worker import WeightReceiver
-
-    reused = torch.empty(BUCKET * 4, dtype=torch.uint8)
-    receive = _Receiver.receive
-
-    def into_the_same(self: Any, ticket: dict[str, Any]) -> torch.Tensor:
-        got = receive(self, ticket)
-        reused[: got.numel()].copy_(got)
-        return reused[: got.numel()]
-
-    monkeypatch.setattr(_Receiver, "receive", into_the_same)
-    monkeypatch.setattr(WeightReceiver, "_keep_what_waits", lambda *_: None)
-    monkeypatch.setattr(healthy.policy, "bucket_bytes", 1)  # a tensor each, so that every layer comes in several
-    healthy.policy.train()
-    with pytest.raises(WeightSyncError, match="largest log-prob difference"):
-        healthy.publish()
-    assert healthy.engine.version is None
+@pytest.mark.parametrize("fault", FOUND)
+def test_a_fault_of_the_receiver_is_found_on_whichever_shard_it_is(healthy: Pair, fault: str) -> None:
+    for shards in healthy.every_choice_of_shards():
+        if fault == "reused buffer":
+            healthy.policy.bucket_bytes = 1  # a tensor each, so that every layer comes in several
+        healthy.plant(fault, shards)
+        if fault in ("stale head", "previous version"):
+            healthy.publish()  # the version that stays
+        healthy.policy.train()
+        with pytest.raises(WeightSyncError, match=FOUND[fault]):
+            healthy.publish()
+        assert healthy.engine.version is None, shards
+        healthy.heal()
