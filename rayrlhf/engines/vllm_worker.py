@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -117,6 +118,7 @@ class WorkerExtension:
     """Methods vLLM mixes into its worker, reached through `collective_rpc`."""
 
     weight_transfer_engine: WeightReceiver
+    vllm_config: Any
 
     def weight_receipt(self) -> tuple[list[str], list[str], dict[str, float]]:
         """(fingerprints of the buckets got, parameters not covered, seconds by part) of the newest update."""
@@ -124,9 +126,10 @@ class WorkerExtension:
         return engine.fingerprints, engine.missing, engine.seconds
 
     def abandon_weight_update(self) -> None:
-        """Forget an update that broke off half-way, so that the next one can start."""
-        if getattr(self, "_weight_update_active", False):
-            self._weight_update_active = False
+        """End an update that broke off half-way: what came of it must not count towards the layers of the next."""
+        with set_current_vllm_config(self.vllm_config):
+            self.weight_transfer_engine.finish_weight_update()
+        self._weight_update_active = False
 
     def meet_sender(self, meeting: dict[str, Any]) -> None:
         """Join the sender's group; `meeting` has the rank of this engine's first worker."""

@@ -358,3 +358,26 @@ def test_a_fault_of_the_receiver_is_found_on_whichever_shard_it_is(healthy: Pair
             healthy.publish()
         assert healthy.engine.version is None, shards
         healthy.heal()
+
+
+def test_a_publish_that_broke_off_at_any_bucket_leaves_nothing_in_the_next(
+    healthy: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM counts what has come of a layer; a count that survived would end the layer before its new weights are in."""
+    healthy.policy.bucket_bytes = 1  # a tensor each, so that most breaks are within a layer
+    buckets = healthy.publish().buckets
+    assert buckets > 15
+    for broken in range(buckets):
+
+        async def breaks_off(target: Target, ticket: dict[str, Any], at: int = broken) -> None:
+            if ticket["header"]["index"] == at:
+                raise WeightSyncError("broke off")
+            target.engine.load_bucket(ticket)
+
+        healthy.policy.train()
+        with monkeypatch.context() as patched:
+            patched.setattr(Target, "load_bucket", breaks_off)
+            with pytest.raises(WeightSyncError, match="broke off"):
+                healthy.publish()
+        healthy.policy.train()
+        assert healthy.publish().committed == ["rollout-0"]
