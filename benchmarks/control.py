@@ -114,7 +114,7 @@ class Nothing:
         self.marks: list[tuple[float, float, int]] = []
         """(wall, CPU, resident bytes) at the end of each step"""
 
-    async def save_if_due(self, step: int) -> None: ...
+    async def save(self, step: int, kl_coef: float, metrics: Any, due: bool = False) -> None: ...
 
     async def gauges(self) -> dict[str, float]:
         return {}

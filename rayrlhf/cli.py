@@ -1,11 +1,13 @@
 """The commands. Thin: read the config, call the stage, turn errors into one message and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupted, 143 asked to end (SIGTERM).
 """
 
 from __future__ import annotations
 
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 
 from rayrlhf.config import Config, load_config
-from rayrlhf.errors import USER_ERRORS, RayRLHFError
+from rayrlhf.errors import USER_ERRORS, RayRLHFError, Stopped
 
 __all__ = ["app", "main"]
 
@@ -140,10 +142,18 @@ def bench(
 def main() -> None:
     """Entry point: errors of ours become one message, never a traceback."""
     error = Console(stderr=True)
+    with suppress(ValueError):  # signals reach the main thread alone
+        signal.signal(signal.SIGTERM, _end)
     try:
         code = app(standalone_mode=False)  # typer turns Ctrl-C into 130 and returns it
     except KeyboardInterrupt:
         code = 130
+    except _Terminated:
+        error.print("asked to end; every actor is gone")
+        sys.exit(143)
+    except Stopped as problem:
+        _print(error, problem)
+        sys.exit(143)
     except USER_ERRORS as problem:
         _print(error, problem)
         sys.exit(2)
@@ -161,6 +171,14 @@ def main() -> None:
     if code == 130:
         error.print("interrupted; every actor is gone")
     sys.exit(code or 0)
+
+
+class _Terminated(BaseException):
+    """SIGTERM where nothing is there to be saved; as KeyboardInterrupt, so that everything is given back."""
+
+
+def _end(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _run_one(

@@ -9,7 +9,8 @@
     │   └── ActorTimeout (TimeoutError)   ... or did not answer before its deadline
     ├── WeightSyncError (RuntimeError)    a publish could not be verified
     ├── CheckpointError (RuntimeError)    a checkpoint is damaged, or not of this run
-    └── TrainingError (RuntimeError)      a run-time guard found training numerically broken
+    ├── TrainingError (RuntimeError)      a run-time guard found training numerically broken
+    └── Stopped                           somebody asked the run to end; it can be resumed
 
 The first four are the user's to mend: the CLI prints them as one message and exits with 2. All of them
 hold only strings, so they survive pickling across a Ray boundary.
@@ -27,6 +28,7 @@ __all__ = [
     "ModelError",
     "RayRLHFError",
     "ResourceError",
+    "Stopped",
     "TrainingError",
     "WeightSyncError",
 ]
@@ -78,6 +80,10 @@ class CheckpointError(RayRLHFError, RuntimeError):
 
 class TrainingError(RayRLHFError, RuntimeError):
     """A run-time guard stopped training: NaN loss, or a ratio that should be 1 and is not."""
+
+
+class Stopped(RayRLHFError):
+    """The run was asked to end (SIGTERM) and has saved what `--resume` goes on from."""
 
 
 USER_ERRORS = (ConfigError, DataError, ModelError, ResourceError)

@@ -17,10 +17,11 @@ The driver holds handles, ids and scalars; tokens go from actor to actor.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
@@ -34,7 +35,7 @@ from rayrlhf.driver.protocols import (
     Scorers,
     Weights,
 )
-from rayrlhf.errors import TrainingError
+from rayrlhf.errors import Stopped, TrainingError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
@@ -61,6 +62,8 @@ class Parts:
     clock: StepClock
     gauges: Callable[[], Awaitable[dict[str, float]]]
     """read once a step, outside every phase: memory per role"""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """somebody wants the run to end"""
 
 
 async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: int = 0) -> int:
@@ -68,12 +71,15 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
 
     Args:
         step: how many are done already; the pacing starts there too.
+
+    Raises:
+        Stopped: `parts.stop` was set; responses under way are dropped, a step that learns is ended, then all is saved.
     """
-    clock = parts.clock
+    clock, metrics = parts.clock, dict[str, float]()
     await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
     clock.start_step()
     async with aclosing(pacing.scored_batches(parts.rollout, parts.scorers)) as batches:
-        async for batch in batches:
+        while batch := await _unless(parts.stop, batches):
             staleness = _staleness(batch, pacing.max_staleness)
             with clock.phase("estimate"):
                 experience = await parts.learners.estimate(batch, kl.coef)
@@ -89,9 +95,25 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             times = clock.end_step()
             parts.sink.write(record | times | _throughput(batch.rollouts, times))
             clock.start_step()
+            metrics = report.metrics
             with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
-                await parts.checkpoints.save_if_due(step, kl.coef, report.metrics)
+                await parts.checkpoints.save(step, kl.coef, metrics)
+    if parts.stop.is_set():
+        await parts.checkpoints.save(step, kl.coef, metrics, due=True)
+        raise Stopped(f"stopped after step {step}, which is saved", "go on with --resume")
     return step
+
+
+async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> ScoredBatch | None:
+    """The next batch; None after the last one, or as soon as `stop` is set."""
+    coming, stopping = asyncio.ensure_future(anext(batches, None)), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([coming, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return None if stop.is_set() else await coming
+    finally:
+        for waiting in (coming, stopping):
+            waiting.cancel()
+        await asyncio.gather(coming, stopping, return_exceptions=True)
 
 
 def _publish_metrics(published: Publication) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class Weights(Protocol):
 
 
 class Checkpoints(Protocol):
-    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
-        """`kl_coef`: of the next step."""
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
+        """If it is due, or said to be. `kl_coef`: of the next step."""
         ...
 
 

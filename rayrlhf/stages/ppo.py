@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -65,13 +67,17 @@ class _Run:
         judge = judge_of(context.config, context.data.prompts.texts)
         self.roles = RoleSet(context, roles, models, context.data.prompts.tokens, judge)
         self.parents = parents
+        self.stop = asyncio.Event()
 
     async def run(self) -> dict[str, Any]:
         start, arms = perf_counter(), self.context.config.arms()
         results: dict[str, dict[str, Any]] = {}
         with StageProgress(self.context.console, "ppo") as progress:
             clock = StepClock(self.workspace / "trace.json", progress.phase)
+            loop = asyncio.get_running_loop()
             try:
+                with suppress(ValueError):  # signals reach the main thread alone
+                    loop.add_signal_handler(signal.SIGTERM, self.stop.set)
                 progress.phase("starting")
                 await self.roles.start(next(iter(arms.values())))
                 if self.context.data.uses_text:
@@ -84,6 +90,7 @@ class _Run:
                     results[name] = await arm.run(reload=number > 0)
                 self.roles.keep_for("eval")
             finally:
+                loop.remove_signal_handler(signal.SIGTERM)
                 clock.close()
                 await self.roles.stop()
         join_arms(self.workspace, list(results))
@@ -168,6 +175,7 @@ class _Arm:
             sink=sink,
             clock=self.clock,
             gauges=partial(self.roles.memory, without="rollout"),  # which says it with each publish
+            stop=self.stage.stop,
         )
         coef = state.get("kl_coef", ppo.kl.coef)
         kl = AdaptiveKL(coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(coef)

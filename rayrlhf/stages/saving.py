@@ -36,6 +36,8 @@ class PolicySaver:
         self._context = context
         self._folder = folder
         self._every = config.checkpoint.every
+        self._saved = 0
+        """the newest step that has a checkpoint; nothing has happened before the first"""
         self._averages = config.ppo.ema is not None
         self._models = {role: name for role, name in (("policy", "model"), ("value", "value")) if role in groups}
         self._inputs = inputs_of_arm(context.inputs, config)
@@ -43,8 +45,9 @@ class PolicySaver:
         self.text: TextStream | None = None
         """PPO-ptx's, whose place is part of the state"""
 
-    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
-        if not self._every or step % self._every:
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
+        """A checkpoint, every `checkpoint.every` steps or when it is `due`, and once for a step."""
+        if step == self._saved or not (due or (self._every and step % self._every == 0)):
             return
         partial = self._store.begin(step)
         await self.save_to(partial)
@@ -54,6 +57,7 @@ class PolicySaver:
         state = {"kl_coef": kl_coef, "text_drawn": self.text.drawn if self.text else 0}
         # Hashing and flushing take a while, and the next step's responses may be on their way.
         await asyncio.to_thread(self._store.finish, step, state, self._inputs, metrics.get("reward/mean"))
+        self._saved = step
 
     async def resume(self) -> Checkpoint | None:
         """Let the learners become what the newest whole checkpoint holds, if there is one.
@@ -66,6 +70,7 @@ class PolicySaver:
             self._context.console.print(f"[yellow]not a whole checkpoint, passed over:[/] {reason}", soft_wrap=True)
         if found is not None:
             await self._each("load_state", found.folder / "state")
+            self._saved = found.step
         return found
 
     async def _each(self, method: str, folder: Path) -> None:

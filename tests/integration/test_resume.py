@@ -144,8 +144,8 @@ def arguments(finished: FinishedRun, output: Path, name: str, *more: str) -> lis
     ]
 
 
-def kill_after(step: int, run: list[str], folder: Path) -> None:
-    """Start the run and kill its driver once the checkpoint of `step` is there, and the step after has begun."""
+def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> int:
+    """Start the run and signal its driver once the checkpoint of `step` is there; its exit code."""
     with subprocess.Popen(
         [*COMMAND, "ppo", *run], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -155,9 +155,10 @@ def kill_after(step: int, run: list[str], folder: Path) -> None:
                 assert process.poll() is None, "the run ended before it could be killed"
                 assert time.monotonic() < deadline, "the run does not get there"
                 time.sleep(0.02)
+            process.send_signal(how)
+            return process.wait(60)
         finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.kill()
             _end_orphans(process.pid)
 
 
@@ -188,11 +189,12 @@ def whole(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output / "whole"
 
 
-def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
-    whole: Path, finished: FinishedRun, tmp_path: Path
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["killed", "asked to end"])
+def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
+    whole: Path, finished: FinishedRun, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
-    run, folder = arguments(finished, tmp_path, "killed"), tmp_path / "killed"
-    kill_after(2, run, folder)
+    run, folder = arguments(finished, tmp_path, "ended"), tmp_path / "ended"
+    assert end_after(2, run, folder, how) == code
     assert not (folder / "model").exists()
     done = rayrlhf("ppo", *run, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ class World:
         self._fail, self._fail_at, self._counts = fail, fail_at, dict[str, int]()
         self._keep_log = keep_log
         self._version = 0
+        self.stop = asyncio.Event()
 
     def _called(self, name: str, *details: Any) -> int:
         count = self._counts.get(name, 0)
@@ -51,6 +53,7 @@ class World:
             sink=self,
             clock=self.clock,
             gauges=self.gauges,
+            stop=self.stop,
         )
 
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[RolloutBatch]:
@@ -84,8 +87,8 @@ class World:
         parts = {"gather_s": 0.05, "transfer_s": 0.2, "fingerprint_s": 0.1, "load_s": 0.3, "probe_s": 0.125}
         return Publication(version, buckets=2, seconds=0.5, nbytes=2**29, memory_gib=2.5, **parts)
 
-    async def save_if_due(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
-        self._called("save_if_due", step, kl_coef, metrics["reward/mean"])
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
+        self._called("save", step, kl_coef, metrics.get("reward/mean"), due)
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._called("write", record["step"])

@@ -12,14 +12,14 @@ from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.driver.loop import _throughput, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.driver.protocols import RolloutBatch
-from rayrlhf.errors import TrainingError
+from rayrlhf.errors import Stopped, TrainingError
 from rayrlhf.types import RolloutInfo
 
 BATCH = 3
 # Of one step, in order.
 CALLS = [
     *("generate", "frozen", "learning", "estimate", "update"),
-    *("publish", "write_samples", "gauges", "write", "save_if_due"),
+    *("publish", "write_samples", "gauges", "write", "save"),
 ]
 
 
@@ -62,7 +62,7 @@ def test_steps_are_counted_from_one_in_everything_written():
     world = World()
     drive(world)
     assert named(world, "write") == named(world, "write_samples") == [(1,), (2,), (3,)]
-    assert [step for step, _, _ in named(world, "save_if_due")] == [1, 2, 3]
+    assert [step for step, *_ in named(world, "save")] == [1, 2, 3]
     assert world.samples == [(step, [{"response": "yes"}]) for step in (1, 2, 3)]
 
 
@@ -83,7 +83,26 @@ def test_a_step_uses_and_reports_the_coefficient_from_before_its_own_update():
 def test_a_checkpoint_holds_the_coefficient_of_the_step_that_follows():
     world = World()
     drive(world, kl=KL(0.1))
-    assert named(world, "save_if_due") == [(1, 0.2, 0.5), (2, 0.4, 0.5), (3, 0.8, 0.5)]
+    assert named(world, "save") == [(1, 0.2, 0.5, False), (2, 0.4, 0.5, False), (3, 0.8, 0.5, False)]
+
+
+@pytest.mark.parametrize("phase", ["generate", "frozen", "learning", "estimate", "update", "publish", "write"])
+def test_a_run_that_is_asked_to_end_drops_responses_or_ends_the_step_and_saves(phase):
+    """Asked for in a phase of the second step."""
+    world, whole = World(), phase not in ("generate", "frozen", "learning")
+    called = world._called
+
+    def asked(name, *details):
+        if name == phase and [event[0] for event in world.log].count(phase) == 1 + (phase == "publish"):
+            world.stop.set()
+        return called(name, *details)
+
+    world._called = asked
+    with pytest.raises(Stopped, match=f"stopped after step {1 + whole}, which is saved"):
+        drive(world, steps=9)
+    assert world.log[-1][:2] == ("save", 1 + whole)
+    assert world.log[-1][-1] is True
+    assert [record["step"] for record in world.records] == [1, 2][: 1 + whole]
 
 
 def test_a_run_that_goes_on_counts_on_and_publishes_where_it_was():
@@ -185,7 +204,7 @@ def test_a_failed_update_is_neither_published_nor_saved_nor_written():
         drive(world)
     assert named(world, "publish") == [(0,)]
     assert world.records == []
-    assert named(world, "save_if_due") == []
+    assert named(world, "save") == []
 
 
 def test_no_steps_publish_once_and_write_nothing():
