@@ -58,9 +58,9 @@ class Engine(StandIn):
     version = 0
 
     def generate(
-        self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
+        self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
     ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
-        self.handed = []  # as in RolloutActor.generate
+        self.version, self.handed = version, []  # as in RolloutActor.generate
         for start in range(0, len(requests), at_once):
             part = requests[start : start + at_once]
             time.sleep(self.seconds * len(part) / len(requests))
@@ -68,17 +68,17 @@ class Engine(StandIn):
             infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, self.version) for r in part]
             yield infos, self.handed[-1:]
 
-    def begin_update(self, version: int) -> None:
-        self.sent: list[str] = []
+    def generate_whole(self, version: int, requests: Sequence[SampleRequest], temperature: float | None) -> Any:
+        return next(self.generate(version, requests, len(requests), temperature))
 
     def load_bucket(self, ticket: dict[str, Any]) -> None:
+        if ticket["header"]["index"] == 0:
+            self.sent: list[str] = []
         self.sent.append(ticket["fingerprint"])
 
-    def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+    def verify(self, ticket: dict[str, Any], rows: Sequence[ProbeRow]) -> EngineReceipt:
+        self.load_bucket(ticket)
         return EngineReceipt(tuple(self.sent), (), (0.0,) * 2)
-
-    def commit(self, version: int) -> None:
-        self.version = version
 
 
 class Model(StandIn):
@@ -89,9 +89,10 @@ class Model(StandIn):
         return self.next_bucket()
 
     def next_bucket(self) -> SentBucket:
+        header, fingerprint = {"version": self.version, "index": self.index}, f"{self.version}-{self.index}"
         self.index += 1
-        fingerprint = f"{self.version}-{self.index}"
-        return SentBucket({"fingerprint": fingerprint}, fingerprint, 2**20, self.index == BUCKETS, 1e-3)
+        ticket = {"header": header, "fingerprint": fingerprint}
+        return SentBucket(ticket, fingerprint, 2**20, self.index == BUCKETS, 1e-3)
 
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return [0.0] * 2

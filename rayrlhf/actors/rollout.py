@@ -55,15 +55,25 @@ class RolloutActor(Actor):
         return super().memory_gib() + float(sum(p.memory_info().rss for p in shards)) / 2**30
 
     def generate(
-        self, requests: Sequence[SampleRequest], at_once: int, temperature: float | None = None
+        self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None = None
     ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
-        """Of the responses that are finished: who was sampled, and the handle of their `Rollout`s in a list."""
+        """Of the responses that are finished: who was sampled, and the handle of their `Rollout`s in a list.
+
+        Args:
+            version: that the driver has verified; naming it commits it.
+        """
+        self._engine.commit(version)
         # Ray forgets an object whose handle is yielded inside another one, unless it is also held here until the driver
         # has taken its own; that of the last call it has.
         self._handed = []
         for rollouts in self._engine.generate(requests, at_once, temperature):
             self._handed.append(ray.put(rollouts))
             yield [r.info for r in rollouts], self._handed[-1:]
+
+    def generate_whole(self, version: int, requests: Sequence[SampleRequest], temperature: float | None = None) -> Any:
+        """As `generate`, in one part: an answer costs the driver half of what a stream of one does."""
+        (part,) = self.generate(version, requests, len(requests), temperature)
+        return part
 
     def close(self) -> None:
         self._arrivals.close()
@@ -72,39 +82,43 @@ class RolloutActor(Actor):
     def meet(self, meeting: Meeting) -> None:
         self._engine.meet(meeting)
 
-    def begin_update(self, version: int) -> None:
-        self._engine.begin_update(version)
-
     def load_bucket(self, ticket: dict[str, Any]) -> None:
+        """The first one of a version begins the update."""
+        if ticket["header"]["index"] == 0:
+            self._engine.begin_update(ticket["header"]["version"])
         self._engine.load_bucket(self._arrivals.localise(ticket))
 
-    def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
+    def verify(self, ticket: dict[str, Any], rows: Sequence[ProbeRow]) -> EngineReceipt:
+        """Load the last bucket, and say what came."""
+        self.load_bucket(ticket)
         return replace(self._engine.verify(rows), memory_gib=self.memory_gib())
-
-    def commit(self, version: int) -> None:
-        self._engine.commit(version)
 
 
 class _Engine:
-    """One engine as the publisher sees it."""
+    """One engine as the publisher sees it.
+
+    With many engines the driver's time is the number of its calls: only buckets are calls of their own. To begin needs
+    none, the first bucket says it; a commit goes with the next samples, which are asked for by version.
+    """
 
     def __init__(self, group: ActorGroup, rank: int) -> None:
         self.name = f"{group.role}-{rank}"
         self.rank = rank
+        self.version: int | None = None
         self._group = group
 
     async def begin_update(self, version: int) -> None:
-        await self._group.call_rank(self.rank, "begin_update", version)
+        self.version = None
 
     async def load_bucket(self, ticket: dict[str, Any]) -> None:
         await self._group.call_rank(self.rank, "load_bucket", ticket)
 
-    async def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt:
-        receipt: EngineReceipt = await self._group.call_rank(self.rank, "verify", rows)
+    async def verify(self, ticket: dict[str, Any], rows: Sequence[ProbeRow]) -> EngineReceipt:
+        receipt: EngineReceipt = await self._group.call_rank(self.rank, "verify", ticket, rows)
         return receipt
 
     async def commit(self, version: int) -> None:
-        await self._group.call_rank(self.rank, "commit", version)
+        self.version = version
 
 
 class _Policy:
@@ -195,15 +209,18 @@ class EnginePool:
             everyone = asyncio.gather(*drawing)
             everyone.add_done_callback(lambda _: arriving.put_nowait(None))
             try:
-                parts = []
+                held, count = list[RolloutBatch](), 0
                 while (part := await arriving.get()) is not None:
                     self._lengths.learn(part.infos)
-                    parts.append(part)
-                    if not self._fixed:
-                        yield part
+                    held.append(part)
+                    count += len(part.infos)
+                    # If fixed, what is scored together must not depend on who was finished first.
+                    if not self._fixed and count * (PARTS + 1) >= len(requests):
+                        yield RolloutBatch.joined(held)
+                        held, count = [], 0
                 await everyone
-                if self._fixed:  # what is scored together must not depend on who was finished first
-                    yield RolloutBatch.joined(parts)
+                if held:
+                    yield RolloutBatch.joined(held)
             finally:
                 everyone.cancel()
                 await asyncio.gather(everyone, return_exceptions=True)  # asyncio prints what nobody has looked at
@@ -216,9 +233,14 @@ class EnginePool:
         arriving: asyncio.Queue[RolloutBatch | None],
     ) -> None:
         if share:
+            version, rank = engine.version, engine.rank
             parts = 1 if self._fixed else -(-PARTS // len(self._serving))
-            at_once = -(-len(share) // parts)
-            async for infos, handles in self._group.stream_rank(engine.rank, "generate", share, at_once, temperature):
+            if parts == 1:
+                infos, handles = await self._group.call_rank(rank, "generate_whole", version, share, temperature)
+                arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
+                return
+            arguments = version, share, -(-len(share) // parts), temperature
+            async for infos, handles in self._group.stream_rank(rank, "generate", *arguments):
                 arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
 
     def _deal(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:

@@ -210,6 +210,8 @@ class RolloutEngine:
         return tuple(float(table[t].logprob) for row, table in zip(rows, tables, strict=True) for t in row.targets)
 
     def commit(self, version: int) -> None:
+        if version == self._version:
+            return
         if version != self._pending:
             raise WeightSyncError(f"asked to commit version {version} during {self._pending}")
         self._version, self._pending = version, None

@@ -9,7 +9,7 @@
       commit(version)                                    ->     serves again, as this version
 
 An engine that fails any of it stays uncommitted (quarantined) until a later publish reaches it. Calls are sent ahead,
-not waited for one by one: an engine finds its next bucket in its queue.
+not waited for one by one: an engine finds its next bucket in its queue. The last bucket comes with the call to verify.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ class PublishTarget(Protocol):
 
     async def begin_update(self, version: int) -> None: ...
     async def load_bucket(self, ticket: dict[str, Any]) -> None: ...
-    async def verify(self, rows: Sequence[ProbeRow]) -> EngineReceipt: ...
+    async def verify(self, ticket: dict[str, Any], rows: Sequence[ProbeRow]) -> EngineReceipt:
+        """Load the last bucket, and say what came."""
+        ...
+
     async def commit(self, version: int) -> None: ...
 
 
@@ -142,9 +145,9 @@ class WeightPublisher:
         """Raises WeightSyncError when no engine could be verified."""
         start = perf_counter()
         result = Publication(version)
-        alive, loading = await self._send_buckets(result, source, targets)
-        # Sent before the last bucket is loaded: each engine goes on by itself, and the policy probes meanwhile.
-        checking = asyncio.ensure_future(self._each(result, alive, lambda t: t.verify(self._rows)))
+        alive, loading, last = await self._send_buckets(result, source, targets)
+        # Sent before the bucket ahead of it is loaded: each engine goes on by itself, and the policy probes meanwhile.
+        checking = asyncio.ensure_future(self._each(result, alive, lambda t: t.verify(last, self._rows)))
         try:
             expected = await source.probe(self._rows)
         finally:
@@ -164,8 +167,8 @@ class WeightPublisher:
 
     async def _send_buckets(
         self, result: Publication, source: PublishSource, targets: Sequence[PublishTarget]
-    ) -> tuple[list[PublishTarget], deque[asyncio.Future[Any]]]:
-        """The engines that have failed nothing so far, and the loads that are still under way."""
+    ) -> tuple[list[PublishTarget], deque[asyncio.Future[Any]], dict[str, Any]]:
+        """All but the last: the engines that have failed nothing so far, loads still under way, the last's ticket."""
         alive, loading = list(targets), deque[asyncio.Future[Any]]()
         opening = asyncio.ensure_future(self._each(result, targets, lambda t: t.begin_update(result.version)))
         try:
@@ -174,9 +177,9 @@ class WeightPublisher:
             while True:
                 result.sent(bucket)
                 ticket = bucket.ticket
-                loading.append(asyncio.ensure_future(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k))))
                 if bucket.last:
-                    return alive, loading
+                    return alive, loading, ticket
+                loading.append(asyncio.ensure_future(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k))))
                 if len(loading) == IN_FLIGHT:  # the next bucket takes the memory of the oldest
                     loaded = [t for t, _ in await loading.popleft()]
                     alive = [t for t in alive if t in loaded]

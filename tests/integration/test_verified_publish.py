@@ -93,7 +93,8 @@ class Target:
         if not ticket.get("dropped"):
             self.engine.load_bucket(ticket)
 
-    async def verify(self, rows: list[ProbeRow]) -> EngineReceipt:
+    async def verify(self, ticket: dict[str, Any], rows: list[ProbeRow]) -> EngineReceipt:
+        await self.load_bucket(ticket)
         return self.engine.verify(rows)
 
     async def commit(self, version: int) -> None:

@@ -101,8 +101,8 @@ def test_a_dropped_bucket_is_seen_even_where_its_parameters_came_before():
     publish(0, policy, engines)
 
     class Forgetful(Engine):
-        async def verify(self, rows):
-            return replace(await super().verify(rows), missing=())
+        async def verify(self, ticket, rows):
+            return replace(await super().verify(ticket, rows), missing=())
 
     engines[1] = Forgetful("bad")
     engines[1].fault = "drops a bucket"

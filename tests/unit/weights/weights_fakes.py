@@ -127,8 +127,9 @@ class Engine:
             await asyncio.sleep(0)
         self.log.append(("end", index))
 
-    async def verify(self, rows: list[ProbeRow]) -> EngineReceipt:
+    async def verify(self, ticket: dict[str, Any], rows: list[ProbeRow]) -> EngineReceipt:
         async with self._turn:
+            await self._load(ticket)
             self._called("verify")
             if self.fault != "keeps a stale head":
                 self.packed_head = self.weights["head"].clone()
