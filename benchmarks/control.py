@@ -14,7 +14,7 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -55,21 +55,17 @@ class StandIn:
 
 
 class Engine(StandIn):
-    version = 0
-
     def generate(
         self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
-    ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
-        self.version, self.handed = version, []  # as in RolloutActor.generate
-        for start in range(0, len(requests), at_once):
-            part = requests[start : start + at_once]
-            time.sleep(self.seconds * len(part) / len(requests))
-            self.handed.append(ray.put(b""))
-            infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, self.version) for r in part]
-            yield infos, self.handed[-1:]
+    ) -> tuple[list[RolloutInfo], list[Any]]:
+        infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, version) for r in requests]
+        self.parts = iter([infos[start : start + at_once] for start in range(0, len(infos), at_once)])
+        self.pause = self.seconds * at_once / len(requests)
+        return self.next_part()
 
-    def generate_whole(self, version: int, requests: Sequence[SampleRequest], temperature: float | None) -> Any:
-        return next(self.generate(version, requests, len(requests), temperature))
+    def next_part(self) -> tuple[list[RolloutInfo], list[Any]]:
+        time.sleep(self.pause)
+        return next(self.parts), [ray.put(b"")]
 
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         if ticket["header"]["index"] == 0:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from math import floor
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,7 +21,6 @@ from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
 __all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
 
 
-END = object()
 # Actors that are asked to close before they are ended get this long.
 CLOSE_S = 3.0
 
@@ -100,21 +99,6 @@ class ActorGroup:
         refs = [getattr(self.actors[rank], method).remote(*args)]
         return (await self._wait(refs, method, self._timeout, first=rank))[0]
 
-    async def stream_rank(self, rank: int, method: str, *args: Any) -> AsyncIterator[Any]:
-        """What one rank's generator yields, as it comes; the deadline is for each of them."""
-        where = f"{self.role} rank {rank} failed in {method}", f"{self.role}-{rank}"
-        items = getattr(self.actors[rank], method).options(num_returns="streaming").remote(*args)
-        while True:
-            try:
-                item = await asyncio.wait_for(_next(items), self._timeout)
-            except TimeoutError:
-                raise self._too_late(rank, method, self._timeout) from None
-            except (RayError, RayRLHFError) as error:
-                raise explain(error, *where) from None
-            if item is END:
-                return
-            yield item
-
     def close(self) -> None:
         """End every actor and give the bundles back."""
         for actor in self.actors:
@@ -126,9 +110,11 @@ class ActorGroup:
 
     async def _wait(self, refs: list[Any], method: str, timeout_s: float, first: int = 0) -> list[Any]:
         futures = [_as_future(ref) for ref in refs]
-        done, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        for other in pending:
-            other.cancel()
+        try:
+            done, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for future in futures:  # also when the caller is cancelled: nobody asks for these any more
+                future.cancel()
         # All of them are asked for: asyncio prints a traceback for an exception that nobody looked at.
         failures = {rank: f.exception() for rank, f in enumerate(futures, start=first) if f in done}
         for rank, error in failures.items():
@@ -193,10 +179,3 @@ def _as_future(ref: Any) -> asyncio.Future[Any]:
 
 async def _get(ref: Any) -> Any:
     return await ref
-
-
-async def _next(items: Any) -> Any:
-    try:
-        return await (await anext(items))
-    except StopAsyncIteration:
-        return END

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,24 +57,20 @@ class RolloutActor(Actor):
 
     def generate(
         self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None = None
-    ) -> Iterator[tuple[list[RolloutInfo], list[Any]]]:
-        """Of the responses that are finished: who was sampled, and the handle of their `Rollout`s in a list.
+    ) -> tuple[list[RolloutInfo], list[Any]]:
+        """Begin to sample, and hand over the first part: see `next_part`.
 
         Args:
             version: that the driver has verified; naming it commits it.
         """
         self._engine.commit(version)
-        # Ray forgets an object whose handle is yielded inside another one, unless it is also held here until the driver
-        # has taken its own; that of the last call it has.
-        self._handed = []
-        for rollouts in self._engine.generate(requests, at_once, temperature):
-            self._handed.append(ray.put(rollouts))
-            yield [r.info for r in rollouts], self._handed[-1:]
+        self._parts = self._engine.generate(requests, at_once, temperature)
+        return self.next_part()
 
-    def generate_whole(self, version: int, requests: Sequence[SampleRequest], temperature: float | None = None) -> Any:
-        """As `generate`, in one part: an answer costs the driver half of what a stream of one does."""
-        (part,) = self.generate(version, requests, len(requests), temperature)
-        return part
+    def next_part(self) -> tuple[list[RolloutInfo], list[Any]]:
+        """Of the next responses that are finished: who was sampled, and the handle of their `Rollout`s in a list."""
+        rollouts = next(self._parts)
+        return [r.info for r in rollouts], [ray.put(rollouts)]
 
     def close(self) -> None:
         self._arrivals.close()
@@ -232,16 +229,25 @@ class EnginePool:
         temperature: float | None,
         arriving: asyncio.Queue[RolloutBatch | None],
     ) -> None:
-        if share:
-            version, rank = engine.version, engine.rank
-            parts = 1 if self._fixed else -(-PARTS // len(self._serving))
-            if parts == 1:
-                infos, handles = await self._group.call_rank(rank, "generate_whole", version, share, temperature)
-                arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
-                return
-            arguments = version, share, -(-len(share) // parts), temperature
-            async for infos, handles in self._group.stream_rank(rank, "generate", *arguments):
-                arriving.put_nowait(RolloutBatch(tuple(infos), tuple(handles)))
+        if not share:
+            return
+        parts = 1 if self._fixed else -(-PARTS // len(self._serving))
+        at_once = -(-len(share) // parts)
+
+        async def ask(*call: Any) -> RolloutBatch:
+            infos, handles = await self._group.call_rank(engine.rank, *call)
+            return RolloutBatch(tuple(infos), tuple(handles))
+
+        coming = deque([asyncio.ensure_future(ask("generate", engine.version, share, at_once, temperature))])
+        try:
+            for _ in range(at_once, len(share), at_once):
+                # Asked for before the last one is here: an engine does not wait for the driver between two parts.
+                coming.append(asyncio.ensure_future(ask("next_part")))
+                arriving.put_nowait(await coming.popleft())
+            arriving.put_nowait(await coming.popleft())
+        finally:
+            for part in coming:
+                part.cancel()
 
     def _deal(self, requests: Sequence[SampleRequest]) -> list[list[SampleRequest]]:
         """A share for each serving engine: of the requests by number, or of the tokens that they will likely take."""

@@ -316,6 +316,15 @@ def test_a_spoiled_publish_is_found_and_the_engine_serves_nothing(healthy: Pair,
         sampled(healthy.engine, requests())
 
 
+def test_only_the_version_that_was_verified_last_can_be_committed_and_twice_is_once(healthy: Pair) -> None:
+    """The driver names it with each request to sample."""
+    healthy.engine.commit(healthy.version)
+    assert healthy.engine.version == healthy.version
+    for other in (healthy.version - 1, healthy.version + 1):
+        with pytest.raises(WeightSyncError, match=f"asked to commit version {other}"):
+            healthy.engine.commit(other)
+
+
 def test_a_head_that_stayed_old_is_found(healthy: Pair) -> None:
     """Tied or not, the head is sent under its own name; left out, fingerprints agree and only the rest can tell."""
     healthy.policy.train()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rayrlhf.actors.rollout import EnginePool, ExpectedTokens, _Policy
+from rayrlhf.actors.rollout import EnginePool, ExpectedTokens, RolloutActor, _Policy
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.publish import Publication, SentBucket
@@ -31,28 +32,24 @@ class Engines:
         self.versions: list[int] = []
         self.log: list[str] = []
         self._fail = fail
+        self._parts: dict[int, list[Sequence[SampleRequest]]] = {}
 
     devices = None
 
-    async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
-        assert method == "generate_whole"
-        version, share, temperature = args
-        return await anext(self.stream_rank(rank, "generate", version, share, len(share), temperature))
-
-    async def stream_rank(self, rank: int, method: str, *args: Any):
-        assert method == "generate"
-        version, share, at_once, _ = args
-        self.versions.append(version)
-        self.asked[rank] = [r.sample_id for r in share]
-        self.at_once.append(at_once)
-        for start in range(0, len(share), at_once):
-            await asyncio.sleep(0)
-            if rank == self._fail:
-                raise RuntimeError("engine broke")
-            self.log.append(f"part of {rank}")
-            part = share[start : start + at_once]
-            infos = [RolloutInfo(r.sample_id, r.prompt_id, 10, 1 + r.prompt_id, False) for r in part]
-            yield infos, [f"rollouts of {rank} from {start}"]
+    async def call_rank(self, rank: int, method: str, *args: Any) -> tuple[list[RolloutInfo], list[str]]:
+        if method == "generate":
+            version, share, at_once, _ = args
+            self.versions.append(version)
+            self.asked[rank] = [r.sample_id for r in share]
+            self.at_once.append(at_once)
+            self._parts[rank] = [share[start : start + at_once] for start in range(0, len(share), at_once)]
+        part = self._parts[rank].pop(0)
+        await asyncio.sleep(0)
+        if rank == self._fail:
+            raise RuntimeError("engine broke")
+        self.log.append(f"part of {rank}")
+        infos = [RolloutInfo(r.sample_id, r.prompt_id, 10, 1 + r.prompt_id, False) for r in part]
+        return infos, [f"rollouts of {rank}: {part[0].sample_id}"]
 
 
 class Publisher:
@@ -221,3 +218,54 @@ def test_the_handles_of_all_ranks_go_out_with_rank_0s_ticket():
     source = _Policy(policy, Meets("rollout", 1), TRANSPORTS["nccl"], workers=1)  # type: ignore[arg-type]
     bucket = asyncio.run(source.next_bucket())
     assert bucket.ticket == {"header": {}, "handles": {"GPU 0": 0, "GPU 1": 1}}
+
+
+class Commits:
+    """An engine that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any) -> Iterator[Any]:
+            self.log.append((name, *args))
+            return iter(())
+
+        return call
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_engines_are_asked_for_samples_of_the_version_they_were_committed_to_last(ranks: int):
+    engines = Engines(ranks)
+    pool = pool_of(engines)
+
+    async def run() -> None:
+        await drawn(pool, 20)
+        await pool.publish(7)
+        [part async for part in pool.generate(requests(20))]
+
+    asyncio.run(run())
+    assert engines.versions == [0] * ranks + [7] * ranks
+
+
+def test_an_engine_that_a_publish_left_out_is_asked_for_nothing():
+    class LeavesOut(Publisher):
+        async def publish(self, version: int, source: Any, targets: Any) -> Publication:
+            return await super().publish(version, source, targets[1:])
+
+    engines = Engines(2)
+    pool = EnginePool(engines, engines, LeavesOut(engines.log), PROMPTS)  # type: ignore[arg-type]
+    asyncio.run(drawn(pool, 20))
+    assert list(engines.asked) == [1]
+
+
+def test_the_first_bucket_begins_an_update_and_a_request_to_sample_commits_it():
+    actor = RolloutActor.__new__(RolloutActor)
+    actor._engine, actor._arrivals = Commits(), SimpleNamespace(localise=lambda ticket: ticket)  # type: ignore[assignment]
+    first, second = ({"header": {"version": 5, "index": i}} for i in range(2))
+    actor.load_bucket(first)
+    actor.load_bucket(second)
+    with pytest.raises(StopIteration):  # nothing was asked for
+        actor.generate(5, [], 1)
+    loads = [("begin_update", 5), ("load_bucket", first), ("load_bucket", second)]
+    assert actor._engine.log == [*loads, ("commit", 5), ("generate", [], 1, None)]
