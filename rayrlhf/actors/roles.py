@@ -175,6 +175,8 @@ class LearnerRoles:
 
 def _deal(infos: Sequence[RolloutInfo], ranks: int, together: int = 1) -> list[list[int]]:
     """Sample ids for each rank, balanced by tokens; `together` consecutive samples (of one prompt) are not parted."""
+    if ranks == 1:
+        return [sorted(info.sample_id for info in infos)]
     units: dict[int, list[RolloutInfo]] = {}
     for info in sorted(infos, key=lambda info: info.sample_id):
         units.setdefault(info.sample_id // together, []).append(info)
