@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.models.residence import Part
-from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
+from rayrlhf.types import PromptTokens, Rollout, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 from rayrlhf.weights.transports import TRANSPORTS, Meeting, Transport
@@ -64,7 +64,7 @@ class RolloutActor(Actor):
             version: that the driver has verified; naming it commits it.
         """
         self._engine.commit(version)
-        self._parts = self._engine.generate(requests, at_once, temperature)
+        self._parts: Iterator[list[Rollout]] = self._engine.generate(requests, at_once, temperature)
         return self.next_part()
 
     def next_part(self) -> tuple[list[RolloutInfo], list[Any]]:
@@ -82,6 +82,7 @@ class RolloutActor(Actor):
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         """The first one of a version begins the update."""
         if ticket["header"]["index"] == 0:
+            self._parts = iter(())  # of a batch that nobody took to its end: the engine drops the rest
             self._engine.begin_update(ticket["header"]["version"])
         self._engine.load_bucket(self._arrivals.localise(ticket))
 
@@ -211,7 +212,8 @@ class EnginePool:
                     self._lengths.learn(part.infos)
                     held.append(part)
                     count += len(part.infos)
-                    # If fixed, what is scored together must not depend on who was finished first.
+                    # If fixed, what is scored together must not depend on who was finished first. Shares are dealt by
+                    # tokens, not evenly: a little less than its part of the responses will do.
                     if not self._fixed and count * (PARTS + 1) >= len(requests):
                         yield RolloutBatch.joined(held)
                         held, count = [], 0

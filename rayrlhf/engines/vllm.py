@@ -210,6 +210,7 @@ class RolloutEngine:
         return tuple(float(table[t].logprob) for row, table in zip(rows, tables, strict=True) for t in row.targets)
 
     def commit(self, version: int) -> None:
+        """Sample again, as this version; to say it once more changes nothing."""
         if version == self._version:
             return
         if version != self._pending:

@@ -9,7 +9,8 @@
       commit(version)                                    ->     serves again, as this version
 
 An engine that fails any of it stays uncommitted (quarantined) until a later publish reaches it. Calls are sent ahead,
-not waited for one by one: an engine finds its next bucket in its queue. The last bucket comes with the call to verify.
+not waited for one by one: an engine finds its next bucket in its queue. The last bucket comes with the call to verify,
+and a commit may come with the next request to sample.
 """
 
 from __future__ import annotations

@@ -269,3 +269,36 @@ def test_the_first_bucket_begins_an_update_and_a_request_to_sample_commits_it():
         actor.generate(5, [], 1)
     loads = [("begin_update", 5), ("load_bucket", first), ("load_bucket", second)]
     assert actor._engine.log == [*loads, ("commit", 5), ("generate", [], 1, None)]
+
+
+def test_an_engine_that_dies_with_two_parts_asked_for_is_one_error(caplog: pytest.LogCaptureFixture):
+    class Dies(Engines):
+        async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
+            await asyncio.sleep(0)
+            raise RuntimeError("engine died")
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError, match="engine died"):
+            await drawn(pool_of(Dies(1)), 20)
+
+    asyncio.run(run())
+    gc.collect()
+    assert caplog.records == [], "asyncio tells of errors that nobody looked at"
+
+
+def test_an_update_ends_a_batch_that_nobody_wanted_to_the_end():
+    ended = []
+
+    def generate(*_: Any) -> Iterator[list[Any]]:
+        try:
+            yield []
+            yield []
+        finally:
+            ended.append("batch")
+
+    actor = RolloutActor.__new__(RolloutActor)
+    actor._engine, actor._arrivals = Commits(), SimpleNamespace(localise=lambda ticket: ticket)  # type: ignore[assignment]
+    actor._parts = generate()
+    next(actor._parts)
+    actor.load_bucket({"header": {"version": 5, "index": 0}})
+    assert ended == ["batch"]
