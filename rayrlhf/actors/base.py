@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import ray
 
-__all__ = ["Actor", "peak_memory_gib", "send_output_to"]
+__all__ = ["Actor", "peak_memory_gib", "send_output_to", "use_rays_network"]
 
 
 class Actor:
@@ -33,21 +33,22 @@ class Actor:
             port: int = probe.getsockname()[1]
         return ray.util.get_node_ip_address(), port
 
-    def use_network(self) -> None:
-        """Let process groups of this process talk over the interface that Ray found, whatever the host's name says."""
-        address = ray.util.get_node_ip_address()
-        for interface, entries in psutil.net_if_addrs().items():
-            if any(entry.address == address for entry in entries):
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-                os.environ.setdefault("VLLM_HOST_IP", address)
-
     def memory_gib(self) -> float:
         """Resident memory of this process, with the GPU memory it allocated."""
         import torch
 
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         return float(psutil.Process().memory_info().rss + gpu) / 2**30
+
+
+def use_rays_network() -> None:
+    """Let process groups of this process talk over the interface that Ray found, whatever the host's name says."""
+    address = ray.util.get_node_ip_address()
+    for interface, entries in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+            os.environ.setdefault("VLLM_HOST_IP", address)
 
 
 def peak_memory_gib() -> float:

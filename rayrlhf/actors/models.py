@@ -18,7 +18,7 @@ import numpy as np
 import ray
 import torch
 
-from rayrlhf.actors.base import Actor
+from rayrlhf.actors.base import Actor, use_rays_network
 from rayrlhf.actors.relay import attach_copy
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
@@ -89,7 +89,7 @@ class _ModelActor(Actor):
 
     def start(self, rendezvous: Rendezvous) -> None:
         """Join the role's process group and load the model."""
-        self.use_network()
+        use_rays_network()
         join_process_group(rendezvous)
         self.engine = self._load()
         if self.settings.cutting.packed:

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import ray
 
-from rayrlhf.actors.base import Actor
+from rayrlhf.actors.base import Actor, use_rays_network
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.relay import Arrivals
 from rayrlhf.actors.sharing import held_by
@@ -37,7 +37,7 @@ class RolloutActor(Actor):
         self._settings = settings
 
     def start(self, prompts: list[PromptTokens]) -> None:
-        self.use_network()
+        use_rays_network()
         self._arrivals = Arrivals(self._settings.transport, self._settings.run)
         self._engine = RolloutEngine(self._settings, prompts)
 

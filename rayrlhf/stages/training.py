@@ -18,6 +18,7 @@ from typing import Any
 
 import ray
 
+from rayrlhf.actors.base import use_rays_network
 from rayrlhf.actors.placement import plan_training
 from rayrlhf.config import Config
 from rayrlhf.config.training import Adam, SupervisedConfig
@@ -146,14 +147,14 @@ def train_settings(config: Config, section: SupervisedConfig) -> TrainSettings:
 def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[Any]:
     """Start the trainer in a thread of its own: in the main thread Ray Train would keep Ctrl-C for itself, for good."""
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     placement = plan_training(context.config)
     gpu = placement.gpus > 0
     trainer = TorchTrainer(
         worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=_over_rays_network("nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=placement.ranks,
             use_gpu=gpu,
@@ -176,6 +177,25 @@ def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[A
 
     threading.Thread(target=fit, name=f"fit-{job.stage}", daemon=True).start()
     return outcome
+
+
+def _over_rays_network(backend: str) -> Any:
+    """Ray Train's process group over the interface that Ray found: by itself gloo asks the host's name."""
+    from ray.train.torch import TorchConfig
+
+    class Config(TorchConfig):  # type: ignore[misc]
+        @property
+        def backend_cls(self) -> Any:
+            plain: Any = super().backend_cls
+
+            class Backend(plain):  # type: ignore[misc]
+                def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                    worker_group.execute(use_rays_network)
+                    super().on_start(worker_group, backend_config)
+
+            return Backend
+
+    return Config(backend=backend)
 
 
 def _watch(

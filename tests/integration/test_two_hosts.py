@@ -85,3 +85,31 @@ def test_learners_across_both_hosts_with_a_sharded_engine_learn_the_same(run: An
     across = run("pair-across", {}, *two, *apart, "cluster.rollout.resources={host_b: 0.01}")
     for here, there in zip(learned(at_home), learned(across), strict=True):
         assert there == pytest.approx(here, rel=1e-6)
+
+
+def test_a_supervised_stage_across_both_hosts_learns_the_same(
+    hosts: Hosts, finished: FinishedRun, tmp_path: Path
+) -> None:
+    """Each worker's process group goes over Ray's own network, whatever the hosts call themselves."""
+
+    def sft(name: str, strategy: str) -> list[float]:
+        arguments = [
+            "sft",
+            "configs/tiny.yaml",
+            *(override for override in TINY if not override.startswith("model.")),
+            "model.from_scratch=null",
+            f"model.path={finished.artifact('pretrain') / 'model'}",
+            f"run.name={name}",
+            f"run.output={tmp_path / name}",
+            f"cluster.address={hosts.address}",
+            f"cluster.train={{ranks: 2, cpus: 1, threads: 1, strategy: {strategy}}}",
+        ]
+        command, settings = hosts.inside("a", *COMMAND, *arguments), {"cwd": ROOT, "env": hosts.environment}
+        done = subprocess.run(command, **settings, capture_output=True, text=True, timeout=200, check=False)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = (tmp_path / name / name / "metrics.jsonl").read_text().splitlines()
+        return [record["loss"] for record in map(json.loads, lines)]
+
+    at_home, across = sft("home", "strict_pack"), sft("across", "strict_spread")
+    assert across == pytest.approx(at_home, rel=1e-6)
+    assert len(across) > 1
