@@ -23,31 +23,18 @@ import numpy as np
 import ray
 import typer
 from common import engine_settings, machine, print_result, print_table
+from lengths import NICE, GivenLengths, given_lengths
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.rollout import EnginePool, RolloutActor
 from rayrlhf.config.model import FromScratch
-from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
+from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.models.build import from_scratch
 from rayrlhf.types import PromptTokens, SampleRequest
 
 PAIRS, REQUESTS, LIMIT, PROMPT, START_S = 7, 128, 256, 32, 300.0
 SHAPE = FromScratch(vocab_size=2048, hidden_size=256, layers=4, heads=4, context=LIMIT + PROMPT)
-# Ray runs its workers with this niceness; the plain processes get it too.
-NICE = 15
-
-
-class Engine(RolloutEngine):
-    """An engine whose responses have given lengths."""
-
-    lengths: Sequence[int] = ()
-
-    def _sampling(self, request: SampleRequest, temperature: float | None) -> Any:
-        params = super()._sampling(request, temperature)
-        params.max_tokens = self.lengths[request.sample_id % REQUESTS]
-        params.ignore_eos, params.stop_token_ids = True, []  # lengths are given; nothing may end a response early
-        return params
 
 
 class Rollout(RolloutActor):
@@ -77,15 +64,6 @@ def main(
     print_result({**machine("cpu"), "pairs": pairs, "rows": rows})
 
 
-def given_lengths(kind: str) -> list[int]:
-    """Tokens of each response; LIMIT / 4 in the mean, LIMIT at most."""
-    if kind == "fixed":
-        return [LIMIT // 4] * REQUESTS
-    rng = np.random.default_rng(0)
-    drawn = np.clip(rng.lognormal(np.log(LIMIT / 4) - 0.5, 1.0, REQUESTS), 1, LIMIT)
-    return [int(n) for n in np.clip(drawn * (LIMIT / 4) / drawn.mean(), 1, LIMIT)]
-
-
 async def _measure(folder: str, engines: int, pairs: int) -> list[dict[str, Any]]:
     """A row for each kind of lengths."""
     threads = max(1, (os.cpu_count() or 1) // engines)
@@ -107,7 +85,7 @@ async def _measure(folder: str, engines: int, pairs: int) -> list[dict[str, Any]
 async def _compare(
     kind: str, group: ActorGroup, plain: Sequence[_Plain], prompts: Sequence[PromptTokens], pairs: int
 ) -> dict[str, Any]:
-    lengths = given_lengths(kind)
+    lengths = given_lengths(kind, REQUESTS, LIMIT)
     pool = EnginePool(group, group, None, prompts)  # type: ignore[arg-type]  (nothing is published)
     pool._serving = list(pool._engines)
     await group.call("take_lengths", lengths)
@@ -180,8 +158,8 @@ def _serve(pipe: Connection, settings: EngineSettings, prompts: list[PromptToken
         pipe.send(sum(len(output.outputs[0].token_ids) for output in outputs))
 
 
-def _engine(settings: EngineSettings, prompts: Sequence[PromptTokens]) -> Engine:
-    engine = Engine(settings, prompts)
+def _engine(settings: EngineSettings, prompts: Sequence[PromptTokens]) -> GivenLengths:
+    engine = GivenLengths(settings, prompts)
     engine._version = 0  # the weights that it was started with are as good as any here
     return engine
 

@@ -131,7 +131,7 @@ def report(runs: Runs, output: Output = None) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="rollout, learner, sync or control", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="ppo, rollout, learner, sync or control", metavar="NAME")],
 ) -> None:
     """A benchmark of this machine: a table, and JSON as its last line (--json: that alone)."""
     from rayrlhf.launch.bench import run_benchmark

@@ -11,7 +11,13 @@ from rayrlhf.errors import ConfigError
 
 __all__ = ["BENCHMARKS", "run_benchmark"]
 
-BENCHMARKS = {"rollout": "rollout", "learner": "learner", "sync": "weight_sync", "control": "control"}
+BENCHMARKS = {
+    "ppo": "ppo_step",
+    "rollout": "rollout",
+    "learner": "learner",
+    "sync": "weight_sync",
+    "control": "control",
+}
 
 
 def run_benchmark(name: str, arguments: Sequence[str]) -> int:

@@ -96,3 +96,14 @@ def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
     assert 1.0 <= found["overlap_to_longer_side_ratio"] < found["sync_step_s"] / 0.6
     assert found["rows"][0]["driver_cpu_ms"] > 0
+
+
+def test_a_ppo_step_and_the_plain_loop_beside_it_do_the_same_work() -> None:
+    """The benchmark itself compares tokens and optimizer steps, and wants a first ratio of 1 of the loop."""
+    (row,) = last_line("ppo_step", "--sizes=tiny", "--pairs=1", "--batch=8", "--longest=16")["rows"]
+    assert row["response_tokens"] == 28
+    for side in ("product_s", "plain_s"):
+        phases = [seconds for phase, seconds in row[side].items() if phase != "step"]
+        assert all(seconds >= 0 for seconds in phases)
+        assert sum(phases) == pytest.approx(row[side]["step"], rel=1e-6), "every second of a step is some phase's"
+    assert row["product_over_plain_ratio"] == pytest.approx(row["plain_s"]["step"] / row["product_s"]["step"])

@@ -31,4 +31,4 @@ def test_options_and_exit_code_are_the_scripts_own() -> None:
 def test_an_unknown_benchmark_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="there is no rolout") as error:
         run_benchmark("rolout", [])
-    assert error.value.hint == "one of rollout, learner, sync, control"
+    assert error.value.hint == "one of ppo, rollout, learner, sync, control"
