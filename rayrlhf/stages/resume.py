@@ -31,7 +31,7 @@ def store_of_arm(run: Path, config: Config, arm: str | None) -> CheckpointStore:
 
 def inputs_of_arm(inputs: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The ppo stage's inputs, with the section as this arm has it; as JSON, where a tuple is a list."""
-    sections = inputs["sections"] | {"ppo": config.ppo.model_dump(mode="json")}
+    sections = inputs.get("sections", {}) | {"ppo": config.ppo.model_dump(mode="json")}
     found: dict[str, Any] = json.loads(json.dumps({**inputs, "sections": sections}, default=str))
     return found
 
