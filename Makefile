@@ -28,7 +28,7 @@ test-unit: $(READY)  ## the fast ones
 check: $(READY)  ## lint, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo
 
-bench: $(READY)  ## the README's performance table, measured here (half an hour; nothing else should run)
+bench: $(READY)  ## the README's performance table, measured here (an hour; nothing else should run)
 	@for name in ppo rollout learner sync control; do $(BIN)/rayrlhf bench $$name || exit 1; done
 
 gpu-check:  ## what this machine's GPUs and packages allow, as a table (all skipped without a GPU)
