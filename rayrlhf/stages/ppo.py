@@ -74,7 +74,7 @@ class _Run:
         results: dict[str, dict[str, Any]] = {}
         with StageProgress(self.context.console, "ppo") as progress:
             clock = StepClock(self.workspace / "trace.json", progress.phase)
-            loop = asyncio.get_running_loop()
+            loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
             try:
                 with suppress(ValueError):  # signals reach the main thread alone
                     loop.add_signal_handler(signal.SIGTERM, self.stop.set)
@@ -90,7 +90,8 @@ class _Run:
                     results[name] = await arm.run(reload=number > 0)
                 self.roles.keep_for("eval")
             finally:
-                loop.remove_signal_handler(signal.SIGTERM)
+                if loop.remove_signal_handler(signal.SIGTERM):
+                    signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
                 clock.close()
                 await self.roles.stop()
         join_arms(self.workspace, list(results))

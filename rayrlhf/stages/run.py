@@ -20,7 +20,7 @@ from rich.console import Console
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
-from rayrlhf.errors import RayRLHFError
+from rayrlhf.errors import ConfigError, RayRLHFError
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
@@ -68,6 +68,11 @@ def run(
         ConfigError, DataError, ModelError, ResourceError: before any actor starts.
         TrainingError: among others, when that step and the reference trainer's differ.
     """
+    if verify_step is not None and resume:
+        raise ConfigError(
+            "--resume and --verify-step contradict each other: the step may be done already",
+            "resume first, or verify a step of a run that starts anew",
+        )
     if verify_step is not None:
         preflight.check_verify_step(config, verify_step)
     preflight.check_output(config)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -839,3 +842,24 @@ def test_a_head_size_that_the_cpu_engine_cannot_sample_is_refused(run_world: Run
     assert_refused(
         done, "heads of size 16 cannot be sampled with cluster.device cpu", "hidden_size / heads must be one of 32"
     )
+
+
+def test_sigterm_exits_143_and_says_so(rayrlhf_command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked_to_end(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(rayrlhf.stages.run, "run", asked_to_end)
+    try:
+        done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert done.code == 143
+    assert "asked to end" in done.err
+
+
+def test_a_resumed_run_is_not_verified(rayrlhf_command: Run) -> None:
+    done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml", "--resume", "--verify-step", "2")
+    assert done.code == 2
+    assert "--resume and --verify-step contradict each other" in done.err
