@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from ray import cloudpickle
 
-from rayrlhf.actors.relay import Arrivals
 from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.engines.vllm import RolloutEngine
 from rayrlhf.types import PromptTokens, SampleRequest
@@ -37,10 +36,9 @@ def actor_with_lengths(lengths: Sequence[int]) -> type[RolloutActor]:
 
     class Rollout(RolloutActor):
         def start(self, prompts: list[PromptTokens]) -> None:
-            self.use_network()
-            self._arrivals = Arrivals(self._settings.transport, self._settings.run)
-            self._engine = GivenLengths(self._settings, prompts)
-            self._engine.lengths = lengths
+            super().start(prompts)
+            self._engine.__class__ = GivenLengths  # which adds nothing to how an engine is made
+            self._engine.lengths = lengths  # type: ignore[attr-defined]
 
     return Rollout
 
