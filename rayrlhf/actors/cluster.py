@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 from contextlib import suppress
 
@@ -60,6 +61,7 @@ def _knock(address: str) -> None:
 
 
 def _ray_init(config: Config, local: bool, cpus: int) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local" if local else config.cluster.address,  # None would join any cluster that runs on this machine
         namespace=f"rayrlhf-{config.run.name}",
@@ -70,6 +72,8 @@ def _ray_init(config: Config, local: bool, cpus: int) -> None:
         configure_logging=False,
         logging_level=logging.ERROR,
     )
+    with suppress(ValueError):  # Ray has put its own there, which exits with 15; signals reach the main thread alone
+        signal.signal(signal.SIGTERM, before)
 
 
 def disconnect() -> None:

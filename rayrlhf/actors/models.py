@@ -162,9 +162,10 @@ class _LearnerActor(_ModelActor):
         """Write the weights in Hugging Face format; every rank takes part, rank 0 writes."""
         self.engine.save_pretrained(self._published_module(), Path(folder))
 
-    def save_state(self, folder: str) -> None:
-        """All that an exact resume needs; every rank writes its own part."""
-        save_state(self.engine, Path(folder))
+    def save_state(self, folder: str) -> str | None:
+        """All that an exact resume needs; every rank writes its own part, if it has one, and says where."""
+        path = save_state(self.engine, Path(folder))
+        return str(path) if path else None
 
     def load_state(self, folder: str) -> None:
         load_state(self.engine, Path(folder))

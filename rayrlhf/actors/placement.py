@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rayrlhf.algorithms.advantages import ESTIMATORS
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 
+ROLES = ("policy", "reference", "reward", "value", "rollout")
 TRAINING: tuple[StageName, ...] = ("pretrain", "sft", "reward", "dpo")
 # The roles of the stages that sample; None is all that PPO needs.
 SAMPLING: dict[StageName, tuple[str, ...] | None] = {
@@ -55,15 +56,16 @@ class RolePlacement:
         return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def plan_ppo(config: Config) -> list[RolePlacement]:
-    """The five roles of a PPO run; four where the advantages need no value model. Other stages take some of them."""
+def plan_ppo(config: Config, among: Collection[str] | None = None) -> list[RolePlacement]:
+    """The five roles of a PPO run; four where the advantages need no value model. Other stages take some: `among`."""
     cluster = config.cluster
+    without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
+    names = [name for name in ROLES if name not in without and (among is None or name in among)]
 
     def gpus(role: str, rank: RankResources) -> float:
-        """A role that shares devices has its part of one."""
-        return cluster.gpus(rank) / (len(cluster.sharing(role)) or 1)
+        """A role has its part of a device that it shares with others of these."""
+        return cluster.gpus(rank) / (sum(other in names for other in cluster.sharing(role)) or 1)
 
-    without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     roles = [
         RolePlacement(role, r.ranks, r.cpus, gpus(role, r), r.threads, r.resources, r.strategy)
         for role, r in (
@@ -72,7 +74,6 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
             ("reward", cluster.reward),
             ("value", cluster.value),
         )
-        if role not in without
     ]
     shards, engine = config.rollout.tensor_parallel, cluster.rollout
     roles.append(
@@ -86,7 +87,7 @@ def plan_ppo(config: Config) -> list[RolePlacement]:
             engine.strategy,
         )
     )
-    return roles
+    return [placement for placement in roles if placement.role in names]
 
 
 def shared_bundles(placements: Sequence[RolePlacement]) -> list[dict[str, float]]:
@@ -113,7 +114,7 @@ def plans(config: Config) -> list[list[RolePlacement]]:
     groups = [[plan_training(config)]] if any(stage in TRAINING for stage in stages) else []
     for stage, roles in SAMPLING.items():
         if stage in stages:
-            groups.append([placement for placement in plan_ppo(config) if roles is None or placement.role in roles])
+            groups.append(plan_ppo(config, roles))
     return groups
 
 

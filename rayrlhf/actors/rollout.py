@@ -221,8 +221,10 @@ class EnginePool:
                 if held:
                     yield RolloutBatch.joined(held)
             finally:
-                everyone.cancel()
-                await asyncio.gather(everyone, return_exceptions=True)  # asyncio prints what nobody has looked at
+                for engine_s in drawing:  # one by one: once one has failed, `everyone` is over and cancels nothing
+                    engine_s.cancel()
+                # asyncio prints what nobody has looked at
+                await asyncio.gather(everyone, *drawing, return_exceptions=True)
 
     async def _draw(
         self,

@@ -48,7 +48,8 @@ class SharedDevices:
             name="+".join(placement.role for placement in placements),
         )
         self._groups: dict[str, ActorGroup] = {}
-        self._there: dict[str, Part] = {}
+        self._there: dict[str, Part | None] = {}
+        """None: it was told to move and has not answered, so nobody knows"""
         self._workers = 0
         self._changed = asyncio.Condition()
 
@@ -86,17 +87,19 @@ class SharedDevices:
                 self._changed.notify_all()
 
     def _covers(self, needs: Mapping[str, Part]) -> bool:
-        return all(SIZE[part] <= SIZE[self._there[role]] for role, part in needs.items())
+        return all((there := self._there[role]) and SIZE[part] <= SIZE[there] for role, part in needs.items())
 
     async def _move(self, needs: Mapping[str, Part]) -> None:
         """What is not needed goes before what is needed comes: there may not be room for both."""
         wanted: dict[str, Part] = {role: needs.get(role, "none") for role in self._groups}
         changed = {role: part for role, part in wanted.items() if part != self._there[role]}
         for grows in (False, True):
-            moving = [role for role, part in changed.items() if (SIZE[part] > SIZE[self._there[role]]) == grows]
+            # One that nobody knows of may be there as a whole: it goes with those that leave, if it is to.
+            moving = [r for r, part in changed.items() if (SIZE[part] > SIZE[self._there[r] or "none"]) == grows]
             await asyncio.gather(*(self._occupy(role, changed.pop(role)) for role in moving))
 
     async def _occupy(self, role: str, part: Part) -> None:
+        self._there[role] = None
         await self._groups[role].call("occupy", part)
         self._there[role] = part
 

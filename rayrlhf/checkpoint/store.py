@@ -49,8 +49,9 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """An empty folder to write the checkpoint into; `finish` makes it one."""
+        for broken_off in self.root.glob(".step-*.partial"):
+            shutil.rmtree(broken_off, ignore_errors=True)
         partial = self.root / f".step-{step:06d}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
@@ -78,6 +79,14 @@ class CheckpointStore:
             except CheckpointError as error:
                 self.damaged.append(str(error))
         return None
+
+    def set_aside(self, after: int) -> None:
+        """Take folders that are newer than the one to go on from out of the count: they are damaged."""
+        for folder in self._folders():
+            if int(folder.name.removeprefix("step-")) > after:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
 
     def _read(self, folder: Path, whole: bool) -> Checkpoint:
         try:

@@ -100,7 +100,8 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
                 await parts.checkpoints.save(step, kl.coef, metrics)
     if parts.stop.is_set():
         await parts.checkpoints.save(step, kl.coef, metrics, due=True)
-        raise Stopped(f"stopped after step {step}, which is saved", "go on with --resume")
+        done = f"after step {step}, which is saved" if step else "before the first step"
+        raise Stopped(f"stopped {done}", "go on with --resume")
     return step
 
 

@@ -24,12 +24,14 @@ __all__ = ["load_state", "save_state"]
 MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 
 
-def save_state(learner: Learner, folder: Path) -> None:
-    """Every rank writes its own file; a rank that holds nothing but what rank 0 does writes none."""
-    if learner.rank == 0 or learner.zero_stage:
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(learner).items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, _file(folder, learner.rank))
+def save_state(learner: Learner, folder: Path) -> Path | None:
+    """Every rank writes its own file, and returns it; one that holds nothing but what rank 0 does writes none."""
+    if learner.rank and not learner.zero_stage:
+        return None
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _state(learner).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, _file(folder, learner.rank))
+    return _file(folder, learner.rank)
 
 
 @torch.no_grad()
@@ -45,11 +47,13 @@ def load_state(learner: Learner, folder: Path) -> None:
             f"{path} is missing", "resume with as many ranks and the ZeRO stage that it was saved with"
         )
     saved, (optimizer, masters) = load_file(path), _optimizer(learner)
+    # Where the optimizer would have made its step count: a fused one's is beside the weights.
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for i, master in enumerate(masters):  # torch makes Adam's state at the first step, which may be still to come
         prefix = f"adam.{i}."
         for name in [key.removeprefix(prefix) for key in saved if key.startswith(prefix)]:
             value = saved[prefix + name]
-            optimizer.state[master].setdefault(name, value.to(master.device if value.dim() else "cpu"))
+            optimizer.state[master].setdefault(name, value.to(master.device if value.dim() or beside else "cpu"))
     held = _state(learner)
     if learner.rank and not learner.zero_stage:  # rank 0's file, and of a whole model it alone keeps the average
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("average.")}

@@ -73,9 +73,11 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 def weights_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters (of those that ZeRO-3 shards this rank's part) and buffers."""
+    """Parameters and buffers. ZeRO-3 has this rank's part of a parameter apart, and keeps small ones whole as well."""
     for parameter in module.parameters():
-        yield getattr(parameter, "ds_tensor", parameter.data)
+        yield parameter.data
+        if hasattr(parameter, "ds_tensor"):
+            yield parameter.ds_tensor
         second: Tensor | None = getattr(parameter, "ds_secondary_tensor", None)
         if second is not None:  # hpZ's
             yield second

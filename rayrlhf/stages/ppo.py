@@ -27,6 +27,7 @@ from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing, TextStream
 from rayrlhf.engines.schedule import linear_warmup
+from rayrlhf.errors import Stopped
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.stages.context import StageContext
@@ -76,7 +77,7 @@ class _Run:
             clock = StepClock(self.workspace / "trace.json", progress.phase)
             loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
             try:
-                with suppress(ValueError):  # signals reach the main thread alone
+                with suppress(ValueError, RuntimeError):  # signals reach the main thread alone
                     loop.add_signal_handler(signal.SIGTERM, self.stop.set)
                 progress.phase("starting")
                 await self.roles.start(next(iter(arms.values())))
@@ -84,16 +85,18 @@ class _Run:
                     await self.roles.hold_text(self.text_blocks())
                 ready = perf_counter()
                 for number, (name, config) in enumerate(arms.items()):
+                    if self.stop.is_set():
+                        raise Stopped("stopped between two arms or before the first step", "go on with --resume")
                     last = number + 1 == len(arms)
                     folder = self.workspace if last else self.workspace / "arms" / name
                     arm = _Arm(self, name if len(arms) > 1 else None, config, folder, progress, clock)
                     results[name] = await arm.run(reload=number > 0)
                 self.roles.keep_for("eval")
             finally:
-                if loop.remove_signal_handler(signal.SIGTERM):
-                    signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
                 clock.close()
                 await self.roles.stop()
+                if loop.remove_signal_handler(signal.SIGTERM):
+                    signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
         join_arms(self.workspace, list(results))
         counts = self.context.data.prompts.counts
         return results[name] | {"arms": results, "data": counts, "start_seconds": ready - start}
@@ -181,7 +184,9 @@ class _Arm:
         coef = state.get("kl_coef", ppo.kl.coef)
         kl = AdaptiveKL(coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(coef)
         try:
-            await run_ppo(parts, self._pacing(done), kl, done)
+            done = await run_ppo(parts, self._pacing(done), kl, done)
+            if self.name is not None and self.config.checkpoint.every:
+                await saver.save(done, kl.coef, {}, due=True)  # a later arm may be cut short: this one is done
         finally:
             sink.close()
 

@@ -11,7 +11,7 @@ from rayrlhf.checkpoint.store import CheckpointStore
 from rayrlhf.config import Config
 from rayrlhf.errors import ConfigError
 
-__all__ = ["check_same", "inputs_of_arm", "store_of_arm"]
+__all__ = ["check_same", "has_checkpoints", "inputs_of_arm", "store_of_arm"]
 
 # Inputs of the ppo stage that do not change what is learned; all others must be as they were.
 MAY_CHANGE = (
@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "sections.rollout.tensor_parallel",
     *(f"ranks.{role}" for role in ("reference", "reward", "rollout")),
 )
+START_ANEW = "set it back; or leave --resume out to start anew (this run's folder then moves aside)"
 
 
 def store_of_arm(run: Path, config: Config, arm: str | None) -> CheckpointStore:
@@ -36,9 +37,20 @@ def inputs_of_arm(inputs: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return found
 
 
+def has_checkpoints(run: Path) -> bool:
+    return any((run / "checkpoints").glob("**/step-*"))
+
+
 def check_same(run: Path, config: Config, inputs: Mapping[str, Any]) -> None:
     """Raise ConfigError when checkpoints of `run` were made with settings that matter and have changed since."""
     arms = config.arms()
+    of_one, of_several = (any((run / "checkpoints").glob(pattern)) for pattern in ("step-*", "*/step-*"))
+    if of_one if len(arms) > 1 else of_several:
+        raise ConfigError(
+            f"{run}: its checkpoints are of {'one run' if of_one else 'several arms'}, ppo.arms names "
+            f"{'several' if len(arms) > 1 else 'none or one'}",
+            START_ANEW,
+        )
     for name, arm in arms.items():
         found = store_of_arm(run, arm, name if len(arms) > 1 else None).newest(whole=False)
         changed = list(_differences(found.inputs, inputs_of_arm(inputs, arm))) if found else []
@@ -46,8 +58,10 @@ def check_same(run: Path, config: Config, inputs: Mapping[str, Any]) -> None:
             shown = "; ".join(f"{path} was {_short(was)}, is {_short(now)}" for path, was, now in changed[:5])
             raise ConfigError(
                 f"this run cannot go on from {found.folder}: {shown}",
-                "set them back; or leave --resume out to start anew (this run's folder then moves aside)",
+                START_ANEW,
             )
+        if found and found.step > arm.ppo.steps:
+            raise ConfigError(f"{found.folder} is past ppo.steps, {arm.ppo.steps}", START_ANEW)
 
 
 def _differences(was: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

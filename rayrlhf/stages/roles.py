@@ -63,7 +63,7 @@ class RoleSet:
         self._prompts = prompts
         self._judge = judge
         self.groups: dict[str, ActorGroup] = {}
-        self._planned = [placement for placement in plan_ppo(context.config) if placement.role in roles]
+        self._planned = plan_ppo(context.config, roles)
 
     async def start(self, config: Config | None = None) -> None:
         """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
-from rayrlhf.errors import ConfigError, RayRLHFError
+from rayrlhf.errors import ConfigError, RayRLHFError, Stopped
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
@@ -33,7 +33,7 @@ from rayrlhf.stages.evaluation import run_eval
 from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.ppo import run_ppo_stage
-from rayrlhf.stages.resume import check_same
+from rayrlhf.stages.resume import check_same, has_checkpoints
 from rayrlhf.stages.reward import run_reward
 from rayrlhf.stages.summary import show_counts, show_placement, show_summary
 from rayrlhf.stages.world import with_world
@@ -166,6 +166,8 @@ class _Run:
             for stage in self.config.stages():
                 summary["stages"][stage] = self._stage(context, stage)
             summary["status"] = "done"
+        except Stopped:
+            raise
         except RayRLHFError as error:
             summary["status"], summary["error"] = "failed", f"{type(error).__name__}: {error}"
             raise
@@ -227,10 +229,11 @@ class _Run:
 
     def _prepare_folder(self) -> None:
         """A fresh folder; an earlier run of this name moves aside, whole, unless it is resumed or only shown again."""
-        if self.resume and not self.folder.exists():
-            self.console.print(f"there is no {self.folder} to resume: starting it", highlight=False, soft_wrap=True)
+        resumable = self.resume and has_checkpoints(self.folder)
+        if self.resume and not resumable:
+            self.console.print("there is no checkpoint to go on from: starting anew", highlight=False)
         if (
-            not self.resume
+            not resumable
             and self.folder.exists()
             and any(self.lineage.finished(stage) is None for stage in self.config.stages())
         ):

@@ -6,11 +6,13 @@ import asyncio
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import TextStream
+from rayrlhf.errors import CheckpointError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.resume import inputs_of_arm, store_of_arm
 
@@ -51,7 +53,13 @@ class PolicySaver:
             return
         partial = self._store.begin(step)
         await self.save_to(partial)
-        await self._each("save_state", partial / "state")
+        for names in await self._each("save_state", partial / "state"):
+            for name in filter(None, names):
+                if not Path(name).is_file():
+                    raise CheckpointError(
+                        f"a learner has written {name}, and it is not there on the driver's host",
+                        "set run.output to storage that all hosts share",
+                    )
         for name in RECORDS:
             shutil.copy2(self._folder / name, partial / name)
         state = {"kl_coef": kl_coef, "text_drawn": self.text.drawn if self.text else 0}
@@ -68,14 +76,16 @@ class PolicySaver:
         found = await asyncio.to_thread(self._store.newest)
         for reason in self._store.damaged:
             self._context.console.print(f"[yellow]not a whole checkpoint, passed over:[/] {reason}", soft_wrap=True)
+        self._store.set_aside(found.step if found else -1)
         if found is not None:
             await self._each("load_state", found.folder / "state")
             self._saved = found.step
         return found
 
-    async def _each(self, method: str, folder: Path) -> None:
+    async def _each(self, method: str, folder: Path) -> list[list[Any]]:
+        """What the ranks of each role that learns return."""
         calls = [self._groups[role].call(method, str(folder / role)) for role in self._models]
-        await asyncio.gather(*calls)
+        return await asyncio.gather(*calls)
 
     async def save_to(self, folder: Path) -> None:
         """All models that learn at once, each written by its rank 0; then the policy's average, and tokenizers."""

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[int, dict[str, Any], int]] = {
     # Between steps the model leaves its device and comes back, as on one that roles share.
     **{f"shared_device_{stage}": (stage, {}, 40) for stage in (0, 1, 2)},
     "shared_device_3": (3, {"extra": SHARD_ALL}, 40),
+    "shared_device_with_small_ones_whole_3": (3, {}, 40),
 }
 
 

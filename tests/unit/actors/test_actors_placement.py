@@ -128,3 +128,18 @@ def test_a_bundle_on_gpus_asks_for_the_share_that_the_role_was_given():
 
 def test_supervised_workers_have_a_gpu_each():
     assert plan_training(config(device="cuda", train={"ranks": 2})).bundles() == [{"CPU": 0.4, "GPU": 1.0}] * 2
+
+
+def test_a_role_that_is_alone_of_its_set_in_a_stage_has_the_whole_device() -> None:
+    config = Config.model_validate(
+        {
+            "model": {"path": "org/name"},
+            "world": {"name": "instructions"},
+            "cluster": {"device": "cuda", "shared": [["policy", "reference"], ["reward", "value", "rollout"]]},
+        }
+    )
+    assert {p.role: round(p.gpus, 3) for p in plan_ppo(config)} == {
+        **dict.fromkeys(("policy", "reference"), 0.5),
+        **dict.fromkeys(("reward", "value", "rollout"), 0.333),
+    }
+    assert {p.role: p.gpus for p in plan_ppo(config, ("policy", "rollout"))} == {"policy": 1.0, "rollout": 1.0}

@@ -105,6 +105,31 @@ def test_one_that_fails_gives_its_turn_back(table: Table) -> None:
     assert table.log[-1] == "policy all"
 
 
+def test_one_that_was_cut_short_while_it_moved_is_told_again(table: Table) -> None:
+    """Nobody knows whether it has moved: the actor may have carried the call out."""
+
+    async def work() -> None:
+        async with held_by((table.policy, "all")):
+            pass
+        moving = asyncio.Event()
+
+        async def hang(method: str, part: str) -> None:
+            moving.set()
+            await asyncio.sleep(60)
+
+        call, table.policy.call = table.policy.call, hang
+        generating = asyncio.ensure_future(held_by((table.rollout, "all")).__aenter__())
+        await moving.wait()
+        generating.cancel()
+        await asyncio.gather(generating, return_exceptions=True)
+        table.policy.call = call
+        async with held_by((table.policy, "all")):
+            table.log.append("saved")
+
+    run(work)
+    assert table.log == ["policy all", "policy all", "saved"]
+
+
 def test_roles_with_devices_of_their_own_need_no_turn() -> None:
     async def work() -> None:
         async with held_by((SimpleNamespace(role="reward", devices=None), "weights")):

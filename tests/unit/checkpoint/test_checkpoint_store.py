@@ -119,3 +119,23 @@ def test_a_checkpoint_can_be_moved(tmp_path: Path) -> None:
     found = CheckpointStore(tmp_path / "there").newest()
     assert found is not None
     assert found.step == 4
+
+
+def test_a_damaged_newer_one_does_not_take_the_place_of_the_next(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    save(store, 5)
+    shutil.copytree(tmp_path / "step-000005", tmp_path / "step-000010")
+    cut_short(tmp_path / "step-000010" / "model.txt")
+    found = store.newest()
+    assert found is not None
+    store.set_aside(found.step)
+    save(store, 7)
+    assert steps(store) == [7]
+    assert (tmp_path / "damaged-step-000010").is_dir()
+
+
+def test_what_a_save_that_broke_off_left_goes_with_the_next(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.begin(3)
+    save(store, 4)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]

@@ -100,3 +100,24 @@ def test_each_arm_is_held_to_its_own_settings(folder: Path) -> None:
 
 def test_a_run_without_checkpoints_is_held_to_nothing(folder: Path) -> None:
     resume(folder, "ppo.clip=0.1")
+
+
+def test_fewer_steps_than_are_done_are_refused(folder: Path) -> None:
+    save(folder)
+    with pytest.raises(ConfigError, match=r"step-000002 is past ppo\.steps, 1"):
+        resume(folder, "ppo.steps=1")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ([], ["ppo.arms={a: {}, b: {clip: 0.1}}"], "its checkpoints are of one run, ppo.arms names several"),
+        (["ppo.arms={a: {}, b: {clip: 0.1}}"], [], "its checkpoints are of several arms, ppo.arms names none or one"),
+    ],
+)
+def test_one_run_does_not_go_on_as_several_arms(
+    folder: Path, before: list[str], after: list[str], message: str
+) -> None:
+    save(folder, *before)
+    with pytest.raises(ConfigError, match=message):
+        resume(folder, *after)

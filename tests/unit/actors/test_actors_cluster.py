@@ -1,0 +1,29 @@
+"""Joining Ray leaves the process as it was."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+
+from rayrlhf.actors import cluster
+from rayrlhf.config import Config
+
+
+def test_joining_ray_leaves_the_processs_own_sigterm_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's would exit with 15."""
+
+    def init(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def ours(*_: object) -> None: ...
+
+    config = Config.model_validate({"model": {"path": "org/name"}, "world": {"name": "instructions"}})
+    monkeypatch.setattr(cluster.ray, "init", init)
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        cluster._ray_init(config, local=True, cpus=1)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
