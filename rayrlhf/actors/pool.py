@@ -76,18 +76,14 @@ class EnginePool:
         least, left = len(requests) / (PARTS + 1), Shares()
         while True:
             async with self._turn, held_by((self._group, "all")):
-                if self._serving:
-                    shares, left = left or self._deal(requests), Shares()
-                    async with aclosing(self._drawn(shares, temperature, least, left)) as parts:
-                        async for part in parts:
-                            yield part
-                else:
-                    left = left or {self._engines[0]: list(requests)}
+                shares, left = self._shares(left, requests), Shares()
+                async with aclosing(self._drawn(shares, temperature, least, left)) as parts:
+                    async for part in parts:
+                        yield part
             if not left:
                 return
             await self._engines_again()
-            if not self._fixed:
-                requests, left = [request for share in left.values() for request in share], Shares()
+            requests = [request for share in left.values() for request in share]
 
     async def _drawn(
         self, shares: Shares, temperature: float | None, least: float, left: Shares
@@ -159,6 +155,12 @@ class EnginePool:
                 part_s.cancel()
             await asyncio.gather(*coming, return_exceptions=True)
 
+    def _shares(self, left: Shares, requests: Sequence[SampleRequest]) -> Shares:
+        """Who draws what: if fixed, what was left goes to the engine that had it."""
+        if self._fixed and left and all(engine in self._serving for engine in left):
+            return left
+        return self._deal(requests)
+
     def _deal(self, requests: Sequence[SampleRequest]) -> Shares:
         """A share for each serving engine: of the requests by number, or of the tokens that they will likely take."""
         count = len(self._serving)
@@ -217,31 +219,34 @@ class EnginePool:
 
     async def _engines_again(self) -> None:
         """Wait until some engine serves; if fixed, until all that can do."""
-        self._published.clear()
-        if self._fixed or not self._serving:
+        if self._fixed:
+            async with self._turn:
+                await self._all_engines()
+        while not self._serving:
             await self._some_engine()
             async with self._turn:  # a publish that waits for its turn goes first, and may bring the engines back
-                if self._fixed:
-                    await self._all_engines()
-                elif not self._serving:
-                    await self._late()
-        if not self._serving:  # the policy has learned meanwhile: its next version comes as soon as it is done
-            await self._published.wait()
+                self._published.clear()
+                same = bool(self._serving) or await self._late()
+            if not same:  # the policy has learned meanwhile: its next version comes as soon as it is done
+                await self._published.wait()
 
     async def _some_engine(self) -> None:
         """Wait for one that is not being replaced."""
         while not self._up():
             replacing = [engine.replacing for engine in self._engines if engine.replacing]
             await asyncio.wait(replacing, return_when=asyncio.FIRST_COMPLETED)
-            self._look_after_replacements()
 
     async def _all_engines(self) -> None:
-        while replacing := [engine.replacing for engine in self._engines if engine.replacing]:
-            await asyncio.wait(replacing)
-            self._look_after_replacements()
-            await self._late()
+        """Bring back all that can be; one whose weights cannot be verified stays out."""
+        same = True
+        while same and len(self._serving) < len(self._engines):
+            if replacing := [engine.replacing for engine in self._engines if engine.replacing]:
+                await asyncio.wait(replacing)
+            same = await self._late()
+            if not any(engine.replacing for engine in self._engines):
+                return
 
-    async def _late(self) -> None:
+    async def _late(self) -> bool:
         """Bring engines that have come back to the version that the others serve, if the policy still is that one."""
         late = [engine for engine in self._up() if engine not in self._serving]
         assert self._version is not None
@@ -249,10 +254,11 @@ class EnginePool:
             if late:
                 await self._bring(self._version, self._policy.again(), late)
         except PolicyMovedOn:
-            return
+            return False
         except WeightSyncError:
             if not any(engine.replacing for engine in late):
                 raise
+        return True
 
     def _up(self) -> list[EngineSide]:
         self._look_after_replacements()
