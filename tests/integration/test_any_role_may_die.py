@@ -66,7 +66,7 @@ def signal_within(driver: psutil.Process, name: str, method: str, how: signal.Si
     title = f"ray::{name}.{method}".encode()
     while not Path(f"/proc/{found.pid}/cmdline").read_bytes().startswith(title):
         assert time.monotonic() < deadline, f"{name} is never in {method}"
-        assert driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE, "the run ended before"
+        assert driver.status() != psutil.STATUS_ZOMBIE, "the run ended before"
         time.sleep(0.001)
     os.kill(found.pid, how)
 
@@ -113,7 +113,8 @@ def test_a_role_that_hangs_is_found_shows_its_stack_and_is_replaced(finished: Fi
         assert process.wait(200) == 0, log.read_text()
     (cause,) = [r["cause"] for r in recoveries(folder) if r["event"] == "lost"]
     assert "rollout rank 0 did not finish generate within" in cause
-    assert "it is in File" in cause and "vllm" in cause
+    assert "it is in File" in cause
+    assert "vllm" in cause
 
 
 def test_an_actor_that_may_not_be_replaced_ends_the_run_with_a_checkpoint(
@@ -128,7 +129,7 @@ def test_an_actor_that_may_not_be_replaced_ends_the_run_with_a_checkpoint(
         signal_within(psutil.Process(process.pid), "RewardActor", "score", signal.SIGKILL)
         assert process.wait(200) == 1
     said = " ".join(log.read_text().split())
-    assert "reward was lost once" in said and "reward rank 0 failed in score: the actor died" in said
-    assert "logs/reward-0.log" in said and "--resume" in said
+    for words in ("reward was lost once", "reward rank 0 failed in score: the actor died", "reward-0.log", "--resume"):
+        assert words in said
     (checkpoint,) = (folder / "checkpoints").glob("step-*")
     assert int(checkpoint.name.removeprefix("step-")) == learned(folder)[-1]["step"]
