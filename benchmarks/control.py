@@ -111,7 +111,8 @@ class Nothing:
         self.marks: list[tuple[float, float, int]] = []
         """(wall, CPU, resident bytes) at the end of each step"""
 
-    async def save(self, step: int, kl_coef: float, metrics: Any, due: bool = False) -> None: ...
+    async def save(self, step: int, kl_coef: float, metrics: Any, due: bool = False) -> bool:
+        return False
 
     async def gauges(self) -> dict[str, float]:
         return {}

@@ -9,6 +9,7 @@
     │   └── ActorTimeout (TimeoutError)   ... or did not answer before its deadline
     ├── WeightSyncError (RuntimeError)    a publish could not be verified
     ├── CheckpointError (RuntimeError)    a checkpoint is damaged, or not of this run
+    ├── LedgerError (ValueError)          a ledger contradicts itself: samples were lost or doubled
     ├── TrainingError (RuntimeError)      a run-time guard found training numerically broken
     └── Stopped                           somebody asked the run to end; it can be resumed
 
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "LedgerError",
     "ModelError",
     "RayRLHFError",
     "ResourceError",
@@ -76,6 +78,10 @@ class WeightSyncError(RayRLHFError, RuntimeError):
 
 class CheckpointError(RayRLHFError, RuntimeError):
     """A checkpoint is damaged or missing, or belongs to a run with other settings."""
+
+
+class LedgerError(RayRLHFError, ValueError):
+    """A run's ledger contradicts itself; the message names the line."""
 
 
 class TrainingError(RayRLHFError, RuntimeError):

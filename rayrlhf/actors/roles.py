@@ -12,7 +12,7 @@ import numpy as np
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.pacing import TextStream
-from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch
+from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch, ScoredPart
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
@@ -26,8 +26,8 @@ class ScorerRoles:
         self._frozen = frozen
         self._learning = learning
 
-    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        return await score_with(self._frozen, batch)
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
+        return ScoredPart(await score_with(self._frozen, batch), {})
 
     async def learning(self, batch: RolloutBatch) -> tuple[Handle, ...]:
         return await score_with(self._learning, batch)

@@ -10,6 +10,8 @@
                              │
               policy ────► rollout (vLLM)         "publish"    the next version, verified
                              │
+                          ledger                               what became of each sample
+                             │
                           disk                    "save"       when due, once the step's record is written
 
 The driver holds handles, ids and scalars; tokens go from actor to actor.
@@ -28,6 +30,7 @@ from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.driver.protocols import (
     Checkpoints,
     Learners,
+    Ledger,
     MetricSink,
     RolloutBatch,
     RolloutPool,
@@ -58,6 +61,7 @@ class Parts:
     learners: Learners
     weights: Weights
     checkpoints: Checkpoints
+    ledger: Ledger
     sink: MetricSink
     clock: StepClock
     gauges: Callable[[], Awaitable[dict[str, float]]]
@@ -88,7 +92,9 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             with clock.phase("publish"):
                 published = await parts.weights.publish(version=step + 1)
             step += 1
+            parts.ledger.step(step, batch)
             record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
+            record["rollout/quarantined"] = len(batch.quarantined)
             kl.update(report.kl, report.num_samples)
             parts.sink.write_samples(step, experience.samples)
             record |= await parts.gauges()
@@ -97,9 +103,9 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             clock.start_step()
             metrics = report.metrics
             with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
-                await parts.checkpoints.save(step, kl.coef, metrics)
+                await _save(parts, step, kl.coef, metrics)
     if parts.stop.is_set():
-        await parts.checkpoints.save(step, kl.coef, metrics, due=True)
+        await _save(parts, step, kl.coef, metrics, due=True)
         done = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(f"stopped {done}", "go on with --resume")
     return step
@@ -115,6 +121,11 @@ async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> 
         for waiting in (coming, stopping):
             waiting.cancel()
         await asyncio.gather(coming, stopping, return_exceptions=True)
+
+
+async def _save(parts: Parts, step: int, kl_coef: float, metrics: dict[str, float], due: bool = False) -> None:
+    if await parts.checkpoints.save(step, kl_coef, metrics, due):
+        parts.ledger.checkpoint(step)
 
 
 def _publish_metrics(published: Publication) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan, _deal, memory_per_role
 from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.driver.pacing import TextStream
-from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch, ScoredPart
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
 
@@ -183,7 +183,7 @@ def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_
 def test_every_role_scores_every_sample_once():
     groups = [Group("a", 2, {"score": [["a0"], ["a1"]]}), Group("b", 1, {"score": [["b0"]]})]
     scorers, batch = ScorerRoles(groups[:1], groups[1:]), RolloutBatch(infos(9), ("r0", "r1"))
-    assert asyncio.run(scorers.frozen(batch)) == ("a0", "a1")
+    assert asyncio.run(scorers.frozen(batch)) == ScoredPart(("a0", "a1"), {})
     assert asyncio.run(scorers.learning(batch)) == ("b0",)
     for group in groups:
         ((method, shared, each),) = group.calls

@@ -9,6 +9,7 @@ import pytest
 from driver_fakes import KL, World
 
 from rayrlhf.algorithms.kl import AdaptiveKL
+from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.loop import _throughput, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.driver.protocols import RolloutBatch
@@ -19,7 +20,7 @@ BATCH = 3
 # Of one step, in order.
 CALLS = [
     *("generate", "frozen", "learning", "estimate", "update"),
-    *("publish", "write_samples", "gauges", "write", "save"),
+    *("publish", "ledger step", "write_samples", "gauges", "write", "save", "ledger checkpoint"),
 ]
 
 
@@ -100,14 +101,17 @@ def test_a_run_that_is_asked_to_end_drops_responses_or_ends_the_step_and_saves(p
     world._called = asked
     with pytest.raises(Stopped, match=f"stopped after step {1 + whole}, which is saved"):
         drive(world, steps=9)
-    assert world.log[-1][:2] == ("save", 1 + whole)
-    assert world.log[-1][-1] is True
+    assert world.log[-2][:2] == ("save", 1 + whole)
+    assert world.log[-2][-1] is True
+    assert world.log[-1] == ("ledger checkpoint", 1 + whole)
     assert [record["step"] for record in world.records] == [1, 2][: 1 + whole]
 
 
 def test_a_run_that_goes_on_counts_on_and_publishes_where_it_was():
     world = World()
-    pacing = SyncPacing(PromptStream([10, 11, 12], seed=0, drawn=2 * BATCH), BATCH, 4, world.clock, done=2)
+    pacing = SyncPacing(
+        PromptStream([10, 11, 12], seed=0, accounted=Accounted(2 * BATCH)), BATCH, 4, world.clock, done=2
+    )
     assert asyncio.run(run_ppo(world.parts(), pacing, KL(), 2)) == 4
     assert named(world, "publish") == [(2,), (3,), (4,)]
     assert [record["step"] for record in world.records] == [3, 4]
@@ -141,6 +145,7 @@ def test_a_record_holds_the_metrics_of_the_design():
         "memory/rollout_gib",
         "rollout/staleness_mean",
         "rollout/staleness_max",
+        "rollout/quarantined",
         "rollout/tail_share",
         "throughput/rollout_tokens_per_s",
         "throughput/train_tokens_per_s",
