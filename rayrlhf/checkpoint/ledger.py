@@ -93,7 +93,7 @@ class History:
     """What the lines of one run (one arm) come to: rolled back steps are not in it."""
 
     facts: Facts
-    order: Order
+    order: Order = field(compare=False)
     steps: list[_Step] = field(default_factory=list)
     covered: set[int] = field(default_factory=lambda: {0})
     """steps that can be gone on from"""
@@ -142,9 +142,11 @@ class History:
             raise ValueError(f"step {step} trained on {len(trained)} samples, a batch is {size}")
         seen = set[int]()
         for sample, *place in [*trained, *(entry[:4] for entry in quarantined)]:
+            if sample < 0:
+                raise ValueError(f"there is no sample {sample}")
             if sample in seen or sample in before:
                 raise ValueError(f"{self.name(sample)} is accounted for a second time")
-            if sample < 0 or tuple(place) != self.order(sample):
+            if tuple(place) != self.order(sample):
                 raise ValueError(f"sample {sample} stands as {_place(*place)}, and is {_place(*self.order(sample))}")
             seen.add(sample)
         repeats = self.facts.samples_per_prompt

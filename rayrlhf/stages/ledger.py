@@ -62,7 +62,7 @@ class Ledger:
         trained = sorted(self._entry(info.sample_id, info.prompt_id) for info in batch.rollouts.infos)
         out = sorted((*self._entry(sample.sample_id, sample.prompt_id), sample.reason) for sample in batch.quarantined)
         self._write("step", step=step, trained=trained, quarantined=out)
-        self.accounted = self.accounted.plus(entry[0] for entry in (*trained, *out))
+        self.accounted = self.accounted.plus([sample for sample, *_ in trained]).plus([sample for sample, *_ in out])
 
     def checkpoint(self, step: int) -> None:
         """It is on the disk."""
