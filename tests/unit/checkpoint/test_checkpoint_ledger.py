@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayrlhf.checkpoint.ledger import LEDGER, Accounted, Facts, append
@@ -186,6 +186,7 @@ def test_no_line_but_the_last_can_be_lost_unseen(tmp_path: Path, line: int) -> N
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_a_last_line_that_is_torn_does_not_count_and_one_elsewhere_is_found(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as place:
         lines = (write(Path(place), history()) / LEDGER).read_bytes().splitlines(keepends=True)
@@ -200,6 +201,7 @@ def test_a_last_line_that_is_torn_does_not_count_and_one_elsewhere_is_found(data
             audit_run(Path(place))
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40), st.integers(0, 2000), st.integers(0, 30))
 def test_whatever_is_written_over_a_ledger_it_holds_or_names_a_line(junk: bytes, place: int, cut: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
