@@ -7,7 +7,7 @@ inside: it works with ids and scalars only.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
@@ -52,7 +52,7 @@ class ScoredPart:
     """What the frozen models say of some responses."""
 
     handles: tuple[Handle, ...]
-    failed: Mapping[int, str]
+    failed: Mapping[int, str] = field(default_factory=dict)
     """sample_id -> why it could not be scored: nobody may learn from it"""
 
 

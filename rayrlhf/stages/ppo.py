@@ -85,6 +85,7 @@ class _Run:
                 await self.roles.start(next(iter(arms.values())))
                 if self.context.data.uses_text:
                     await self.roles.hold_text(self.text_blocks())
+                self.roles.watch()
                 ready = perf_counter()
                 for number, (name, config) in enumerate(arms.items()):
                     if self.stop.is_set():
@@ -177,7 +178,7 @@ class _Arm:
             sink.write_again(found.folder)
         parts = Parts(
             rollout=pool,
-            scorers=ScorerRoles(*self._scoring_groups()),
+            scorers=ScorerRoles(*self._scoring_groups(), self.roles.replace),
             learners=self._verified(learners) if self.context.verify_step else learners,
             weights=pool,
             checkpoints=saver,

@@ -66,7 +66,7 @@ class World:
 
     async def frozen(self, batch: RolloutBatch) -> ScoredPart:
         count = self._called("frozen", *batch.handles)
-        return ScoredPart((f"frozen {count}",), {})
+        return ScoredPart((f"frozen {count}",))
 
     async def learning(self, batch: RolloutBatch) -> tuple[Any, ...]:
         count = self._called("learning", *batch.handles)

@@ -44,7 +44,7 @@ class Slow(World):
     async def frozen(self, batch):
         await self._take("frozen scoring")
         self._called("frozen")
-        return ScoredPart(tuple(f"frozen {handle}" for handle in batch.handles), {})
+        return ScoredPart(tuple(f"frozen {handle}" for handle in batch.handles))
 
     async def learning(self, batch):
         await self._take("scoring")
