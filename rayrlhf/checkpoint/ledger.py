@@ -117,7 +117,7 @@ class History:
     def take(self, line: int, event: Mapping[str, Any]) -> None:
         """Raises ValueError: the event contradicts those before it. KeyError, TypeError: it is not an event."""
         kind, step = event["event"], event["step"]
-        if self.ended and kind != "rollback":
+        if self.ended and kind not in ("checkpoint", "rollback"):
             raise ValueError(f"{kind} comes after the end: nothing but a rollback may")
         if kind == "step":
             self._take_step(line, step, event["trained"], event["quarantined"])

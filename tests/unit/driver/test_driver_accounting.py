@@ -257,6 +257,17 @@ def test_a_finished_run_goes_on_for_more_steps(tmp_path: Path) -> None:
     assert (history.rollbacks, history.redone) == (1, 1)
 
 
+def test_a_checkpoint_whose_line_is_missing_is_gone_on_from_even_after_the_end(tmp_path: Path) -> None:
+    """The lines may be those of another run of the same settings, taken from its artifact."""
+    run = Run(tmp_path, {2}, steps=3, every=9)
+    learned = run.live()
+    assert learned is not None
+    run.checkpoints[2] = learned[:2], {"accounted": {"frontier": 9, "above": []}}
+    learned = run.live()
+    assert learned is not None
+    check(run, learned)
+
+
 # ---- a ledger that is not the checkpoint's --------------------------------------------------------------------------
 
 
