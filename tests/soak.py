@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import recoveries, send_within, session, started, wait_until
+from tests.faults import recoveries, send_within, started, wait_until
 
 __all__ = ["SMALL", "Report", "same_numbers", "soak"]
 
@@ -52,6 +52,9 @@ PATIENT = ("cluster.recovery.max_restarts=1000", "cluster.recovery.window_s=1", 
 # Of a record: what says how fast and how large, and differs from run to run.
 MEASURED = ("time/", "throughput/", "memory/", "rollout/seconds", "rollout/tail_share", "weights/")
 
+Fault = tuple[int, tuple[str, str], signal.Signals]
+"""After which step, who in which call, and how."""
+
 
 @dataclass
 class Report:
@@ -70,10 +73,10 @@ def soak(command: Sequence[str], folder: Path, steps: int, every: int, seed: int
     """Run the command (which must save at every step) to its end, with faults on the way, resuming as often as needed."""
     report, rng, memory = Report(), random.Random(seed), _shared_memory()
     schedule = _schedule(rng, steps, every)
-    due: tuple[int, tuple[str, str], signal.Signals] | None = next(schedule, None)
+    due = next(schedule, None)
     while True:
         with started([*command, "--resume"], log) as process:
-            counted = _files_of(process.pid)
+            files = _OpenFiles(process.pid)
             while process.poll() is None and due is not None:
                 after, (who, method), how = due
                 with suppress(AssertionError):  # the run was over before
@@ -84,21 +87,20 @@ def soak(command: Sequence[str], folder: Path, steps: int, every: int, seed: int
                 if who == DRIVER:
                     break
             code = process.wait(900)
-            report.files = next(counted), next(counted)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, f"the run ended with {code}: {log.read_text()[-2000:]}"
-        session_left = session(process.pid)
-        assert not session_left, session_left
-    report.left = [str(p) for p in session(process.pid)] + sorted(_shared_memory() - memory)
+            report.files = files.early_and_late()
+            if code == 0:
+                report.left = _processes_left(process.pid)
+                break
+            assert code == -signal.SIGKILL, f"the run ended with {code}: {log.read_text()[-2000:]}"
+    report.left += sorted(_shared_memory() - memory)
     for record in recoveries(folder):
         if record["event"] == "replaced":
             report.restarts_s.setdefault(record["who"], []).append(record["seconds"])
     return report
 
 
-def _schedule(rng: random.Random, steps: int, every: int) -> Iterator[tuple[int, tuple[str, str], signal.Signals]]:
-    """After which step, who in which call, and how. The driver dies too, once in a while."""
+def _schedule(rng: random.Random, steps: int, every: int) -> Iterator[Fault]:
+    """The driver dies too, once in a while."""
     at = 1
     while at < steps - 1:
         if rng.random() < 0.1:
