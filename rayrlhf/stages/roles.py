@@ -28,6 +28,7 @@ from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.errors import ActorError
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.sources import PPOModels
 from rayrlhf.stages.training import learner_settings
 from rayrlhf.types import PromptTokens
 from rayrlhf.weights.probe import probe_rows
@@ -56,14 +57,18 @@ class RoleSet:
         models: Mapping[str, str],
         prompts: Sequence[PromptTokens],
         judge: Judge | None = None,
+        planned: PPOModels | None = None,
     ) -> None:
+        """`planned`: PPO's, whose rewards may come from elsewhere than a reward model."""
         self._context = context
         self._config = context.config
         self._models = models
         self._prompts = prompts
         self._judge = judge
+        self._source = planned.source if planned else None
+        self._actors = MODEL_ROLES | dict(planned.actors if planned else {})
         self.groups: dict[str, ActorGroup] = {}
-        self._planned = plan_ppo(context.config, roles)
+        self._planned = plan_ppo(context.config, roles, scoring_text=self._reads_text())
 
     async def start(self, config: Config | None = None) -> None:
         """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""
@@ -81,7 +86,7 @@ class RoleSet:
                 await group.call("reload", settings, timeout_s=timeout)
                 return
             logs = [(self._context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
-            await group.spawn(MODEL_ROLES[role], logs, timeout)
+            await group.spawn(self._actors[role], logs, timeout)
             meeting = await group.rendezvous(self._config.cluster.device, self._config.run.deterministic, timeout)
             await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
 
@@ -105,6 +110,9 @@ class RoleSet:
             if len(placements) > 1:
                 devices |= dict.fromkeys((p.role for p in placements), SharedDevices(placements))
         return devices
+
+    def _reads_text(self) -> bool:
+        return self._source is not None and self._source.config.sees_text
 
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""
@@ -142,7 +150,8 @@ class RoleSet:
 
     def _fit(self, placement: RolePlacement) -> Any:
         """What actors of this role must have in common to be used again."""
-        return (placement, self._engine_settings() if placement.role == "rollout" else None)
+        own = self._engine_settings() if placement.role == "rollout" else self._actors[placement.role]
+        return (placement, own)
 
     async def stop(self) -> None:
         """End every actor that is not kept; what it holds outside its own memory is given back first."""
@@ -177,6 +186,7 @@ class RoleSet:
             run=config.run.name,
             samples=config.tracking.samples_per_step,
             judge=self._judge if role == "policy" else None,
+            source=self._source if role == "reward" else None,
         )
 
     def _context_tokens(self) -> int:
