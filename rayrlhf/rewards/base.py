@@ -84,7 +84,7 @@ def outcome(answer: object, where: str) -> Outcome:
     if math.isnan(value):
         return Failure(f"{where} is NaN")
     if not abs(value) <= LARGEST:
-        return Failure(f"{where} is {'infinite' if math.isinf(value) else f'{value:.3g}'}, over {LARGEST:g}")
+        return Failure(f"{where} is infinite" if math.isinf(value) else f"{where} is larger than {LARGEST:g}")
     return value
 
 
