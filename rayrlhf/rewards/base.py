@@ -11,7 +11,7 @@ from typing import Protocol
 from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.types import Prompt, Turns
 
-__all__ = ["LARGEST", "Failure", "Outcome", "RewardRequest", "RewardSource", "SourceSettings", "outcome", "outcomes"]
+__all__ = ["LARGEST", "Failure", "Outcome", "RewardRequest", "RewardSource", "SourceSettings", "outcome"]
 
 # Advantages square and sum rewards in float32, where more than this leaves no digits for the others of a batch.
 LARGEST = 1e9
@@ -71,7 +71,8 @@ def outcome(answer: object, where: str) -> Outcome:
 
     Args:
         answer: whatever a source gave for one response.
-        where: what to call it in a reason, such as `http: rewards[3]`.
+        where: what to call it in a reason, such as `http: the reward`: the same for all, so that equal causes count
+            as one.
     """
     if answer is None:
         return Failure(f"{where} is missing")
@@ -86,8 +87,3 @@ def outcome(answer: object, where: str) -> Outcome:
     if not abs(value) <= LARGEST:
         return Failure(f"{where} is infinite" if math.isinf(value) else f"{where} is larger than {LARGEST:g}")
     return value
-
-
-def outcomes(answers: Sequence[object], where: str) -> list[Outcome]:
-    """`outcome` of each, called `where[0]`, `where[1]`, ..."""
-    return [outcome(answer, f"{where}[{number}]") for number, answer in enumerate(answers)]

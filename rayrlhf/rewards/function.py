@@ -23,7 +23,7 @@ from typing import Any
 
 from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.errors import ConfigError
-from rayrlhf.rewards.base import Failure, Outcome, RewardRequest, outcomes
+from rayrlhf.rewards.base import Failure, Outcome, RewardRequest, outcome
 from rayrlhf.rewards.retry import Retries, Trouble
 
 __all__ = ["INFO", "FunctionSource", "load_function", "source_file"]
@@ -76,7 +76,7 @@ class FunctionSource:
             raise Trouble(f"gave a {type(answer).__name__}, no list of rewards")
         if len(answers) != len(batch):
             raise Trouble(f"gave {len(answers)} rewards for {len(batch)} responses")
-        return outcomes(answers, "function: rewards")
+        return [outcome(reward, "function: the reward") for reward in answers]
 
     async def _within(self, call: Callable[[], Any], limit_s: float) -> Any:
         """Raises Trouble when it fails or takes longer; a thread that does not come back is left to itself."""

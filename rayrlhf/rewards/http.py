@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from rayrlhf.config.rewards import LOOPBACK, RewardSourceConfig
-from rayrlhf.rewards.base import Failure, Outcome, RewardRequest, outcomes
+from rayrlhf.rewards.base import Failure, Outcome, RewardRequest, outcome
 from rayrlhf.rewards.breaker import CircuitBreaker
 from rayrlhf.rewards.retry import Retries, Trouble
 
@@ -113,7 +113,7 @@ class HTTPSource:
             raise Trouble('the answer is not {"rewards": [...]}')
         if len(rewards) != count:
             raise Trouble(f"{len(rewards)} rewards for {count} responses")
-        return outcomes(rewards, "http: rewards")
+        return [outcome(reward, "http: the reward") for reward in rewards]
 
     async def _post(self, body: bytes) -> bytes:
         """The answer's body.

@@ -75,7 +75,7 @@ def test_the_actor_of_a_function_fills_rewards_and_reasons(tokenizer: str, tmp_p
     spoken = [said(tokenizer, 1, "I am well"), said(tokenizer, 7, "you are not"), said(tokenizer, 4, "I")]
     scores = actor._score(spoken, spoken[0])
     assert scores.rewards == {1: 9.0, 4: 1.0}
-    assert scores.failed == {7: "function: rewards[1] is missing"}
+    assert scores.failed == {7: "function: the reward is missing"}
     assert actor._score([], spoken[0]) == Scores()
     actor.occupy("none")
     file.write_text("def reward(prompts, responses):\n    return [0.5 for _ in responses]\n")

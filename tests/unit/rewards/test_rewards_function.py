@@ -121,13 +121,13 @@ def test_what_is_no_number_fails_its_own_response() -> None:
     answers = [1.5, None, float("nan"), "2", True, float("-inf"), 3e9, torch.tensor(1.0)]
     assert score(lambda prompts, responses: answers, requests(8), retries=2) == [
         1.5,
-        Failure("function: rewards[1] is missing"),
-        Failure("function: rewards[2] is NaN"),
-        Failure("function: rewards[3] is a str, no number"),
-        Failure("function: rewards[4] is a bool, no number"),
-        Failure("function: rewards[5] is infinite"),
-        Failure("function: rewards[6] is larger than 1e+09"),
-        Failure("function: rewards[7] is a Tensor, no number"),
+        Failure("function: the reward is missing"),
+        Failure("function: the reward is NaN"),
+        Failure("function: the reward is a str, no number"),
+        Failure("function: the reward is a bool, no number"),
+        Failure("function: the reward is infinite"),
+        Failure("function: the reward is larger than 1e+09"),
+        Failure("function: the reward is a Tensor, no number"),
     ]
 
 

@@ -130,7 +130,7 @@ def test_a_bad_reward_fails_its_own_sample_and_is_not_asked_for_again(
     service: Service, value: str, reason: str
 ) -> None:
     service.script = [says(f'{{"rewards": [1, -2.5, {value}, 0]}}')]
-    assert score(service, requests(4), retries=3) == [1.0, -2.5, Failure(f"http: rewards[2] {reason}"), 0.0]
+    assert score(service, requests(4), retries=3) == [1.0, -2.5, Failure(f"http: the reward {reason}"), 0.0]
     assert len(service.bodies) == 1
 
 
@@ -271,7 +271,7 @@ def test_the_token_is_in_the_header_and_nowhere_else(
     assert service.authorization == [f"Bearer {TOKEN}"] * 3
     captured = capsys.readouterr()
     everything = f"{refused}{echoed}{junk}{caplog.text}{captured.out}{captured.err}"
-    assert "rewards[0] is a str" in everything
+    assert "the reward is a str" in everything
     assert TOKEN not in everything
     assert TOKEN not in str(service.bodies)
 
