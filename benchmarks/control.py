@@ -24,10 +24,11 @@ import ray
 import typer
 from common import machine, print_result, print_table
 
+from rayrlhf.actors.base import leaves_data
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
-from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.algorithms.kl import FixedKL
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing
@@ -55,17 +56,19 @@ class StandIn:
 
 
 class Engine(StandIn):
+    @leaves_data
     def generate(
         self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
-    ) -> tuple[list[RolloutInfo], list[Any]]:
+    ) -> tuple[list[RolloutInfo], bytes]:
         infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, version) for r in requests]
         self.parts = iter([infos[start : start + at_once] for start in range(0, len(infos), at_once)])
         self.pause = self.seconds * at_once / len(requests)
         return self.next_part()
 
-    def next_part(self) -> tuple[list[RolloutInfo], list[Any]]:
+    @leaves_data
+    def next_part(self) -> tuple[list[RolloutInfo], bytes]:
         time.sleep(self.pause)
-        return next(self.parts), [ray.put(b"")]
+        return next(self.parts), b""
 
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         if ticket["header"]["index"] == 0:
@@ -93,11 +96,13 @@ class Model(StandIn):
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return [0.0] * 2
 
-    def score(self, ids: Sequence[int], *chunks: bytes) -> list[Any]:
-        return [ray.put(b"")]
+    @leaves_data
+    def score(self, ids: Sequence[int], *chunks: bytes) -> tuple[dict[int, str], bytes]:
+        return {}, b""
 
-    def estimate(self, ids: Sequence[int], *rest: Any) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
-        return [ray.put(b"")], {"kl/mean": 0.0, "kl/per_token": 0.0, "reward/mean": 0.0}, []
+    @leaves_data
+    def estimate(self, ids: Sequence[int], *rest: Any) -> tuple[Any, bytes]:
+        return ({"kl/mean": 0.0, "kl/per_token": 0.0, "reward/mean": 0.0}, []), b""
 
     def update(self, minibatches: Sequence[Sequence[int]], *rest: Any) -> dict[str, float]:
         time.sleep(self.seconds)

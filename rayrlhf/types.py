@@ -153,7 +153,7 @@ class Scores:
     rewards: dict[int, float] = field(default_factory=dict)
     """one scalar per sample, in the reward model's normalised units (reward model)"""
     failed: dict[int, str] = field(default_factory=dict)
-    """why there is no reward, by sample; such a sample is not trained on"""
+    """samples without a score, and why: they must not train"""
 
     def merge(self, other: Scores) -> None:
         """Take in what another role, or another rank, says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -77,6 +78,11 @@ class RewardSourceConfig(Section):
     def sees_text(self) -> bool:
         """Whether it scores the text of a response, and so needs no device."""
         return self.kind in TEXT
+
+    def longest_s(self, responses: int) -> float:
+        """Seconds that it may take to score so many, when every call fails as late as it can."""
+        at_once = self.batch * (self.concurrency if self.kind == "http" else 1)
+        return math.ceil(responses / at_once) * (self.retries + 1) * (self.timeout_s + self.max_wait_s)
 
     def deciding(self) -> dict[str, Any]:
         """The keys that decide what a reward is."""

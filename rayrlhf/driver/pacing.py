@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from rayrlhf.data.batching import epoch_order
-from rayrlhf.driver.protocols import Handle, RolloutBatch, RolloutPool, ScoredBatch, Scorers
+from rayrlhf.driver.protocols import Handle, RolloutBatch, RolloutPool, ScoredBatch, ScoredPart, Scorers
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import SampleRequest
 
@@ -88,9 +88,9 @@ class SyncPacing:
         self._clock = clock
 
     async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]:
-        async def score(batch: RolloutBatch) -> tuple[Handle, ...]:
+        async def score(batch: RolloutBatch) -> ScoredPart:
             frozen, learning = await asyncio.gather(scorers.frozen(batch), scorers.learning(batch))
-            return (*frozen, *learning)
+            return ScoredPart((*frozen.handles, *learning), frozen.failed)
 
         for step in self._steps:
             drawing = _Drawing(score)
@@ -159,10 +159,10 @@ class OverlapPacing:
 class _Drawing:
     """One batch: responses as they are finished, scored together whenever the scorers are free."""
 
-    def __init__(self, score: Callable[[RolloutBatch], Coroutine[Any, Any, tuple[Handle, ...]]]) -> None:
+    def __init__(self, score: Callable[[RolloutBatch], Coroutine[Any, Any, ScoredPart]]) -> None:
         self._score = score
         self._waiting: list[RolloutBatch] = []
-        self._scoring: asyncio.Task[tuple[Handle, ...]] | None = None
+        self._scoring: asyncio.Task[ScoredPart] | None = None
         self._scores: list[Handle] = []
 
     async def sample(self, rollout: RolloutPool, requests: Sequence[SampleRequest]) -> RolloutBatch:
@@ -192,7 +192,7 @@ class _Drawing:
     def _next(self) -> None:
         """Take in what is scored, and let what waits be scored."""
         if self._scoring is not None:
-            self._scores.extend(self._scoring.result())
+            self._scores.extend(self._scoring.result().handles)
         waiting, self._waiting = self._waiting, []
         self._scoring = asyncio.ensure_future(self._score(RolloutBatch.joined(waiting))) if waiting else None
 

@@ -7,7 +7,7 @@ inside: it works with ids and scalars only.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
@@ -22,6 +22,7 @@ __all__ = [
     "RolloutBatch",
     "RolloutPool",
     "ScoredBatch",
+    "ScoredPart",
     "Scorers",
     "Weights",
 ]
@@ -42,6 +43,15 @@ class RolloutBatch:
     def joined(cls, parts: Sequence[RolloutBatch], seconds: float = 0.0) -> RolloutBatch:
         infos = tuple(info for part in parts for info in part.infos)
         return cls(infos, tuple(handle for part in parts for handle in part.handles), seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """What the frozen models say of some responses."""
+
+    handles: tuple[Handle, ...]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """sample_id -> why it could not be scored"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class RolloutPool(Protocol):
 
 
 class Scorers(Protocol):
-    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
         """Reference log-probs and rewards: the same whenever they are asked for."""
         ...
 

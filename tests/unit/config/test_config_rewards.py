@@ -115,3 +115,13 @@ def test_what_decides_a_reward_is_told_from_how_long_it_is_waited_for() -> None:
     assert RewardSourceConfig().deciding() == {"kind": "model"}
     ensemble = RewardSourceConfig.model_validate({"kind": "ensemble", "models": ["a"], "how": "uwo"})
     assert ensemble.deciding() == {"kind": "ensemble", "models": ["a"], "how": "uwo", "weight": 0.1}
+
+
+def test_how_long_scoring_may_take_counts_every_try_and_wait_of_every_round() -> None:
+    keys = {"retries": 3, "timeout_s": 20.0, "max_wait_s": 10.0, "batch": 32}
+    http = RewardSourceConfig.model_validate({"kind": "http", "url": "https://a.example/", "concurrency": 4, **keys})
+    function = RewardSourceConfig.model_validate({"kind": "function", "function": "m:f", **keys})
+    # 512 responses are 16 calls: four rounds of four at once, or one after the other; each up to 4 x (20 + 10) s.
+    assert http.longest_s(512) == 4 * 120
+    assert http.longest_s(513) == 5 * 120
+    assert function.longest_s(512) == 16 * 120

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.driver.loop import Parts
-from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch, ScoredPart
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
 from rayrlhf.weights.publish import Publication
@@ -63,9 +63,9 @@ class World:
         infos = tuple(RolloutInfo(r.sample_id, r.prompt_id, 10, 4, False, self._version) for r in requests)
         yield RolloutBatch(infos, (f"rollouts {count}",))
 
-    async def frozen(self, batch: RolloutBatch) -> tuple[Any, ...]:
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
         count = self._called("frozen", *batch.handles)
-        return (f"frozen {count}",)
+        return ScoredPart((f"frozen {count}",))
 
     async def learning(self, batch: RolloutBatch) -> tuple[Any, ...]:
         count = self._called("learning", *batch.handles)
