@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import logging
 import random
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
@@ -77,14 +78,14 @@ def test_a_conversation_is_sent_whole_and_its_last_words_as_the_prompt(service: 
 
 
 def test_no_more_requests_are_under_way_than_allowed(service: Service) -> None:
-    def slowly(handler: Any) -> None:
-        import time
+    met = threading.Barrier(3, timeout=10)
 
-        time.sleep(0.05)
+    def together(handler: Any) -> None:
+        met.wait()
         right(handler)
 
-    service.script = [slowly]
-    assert score(service, requests(8), batch=1, concurrency=3) == [float(i) for i in range(8)]
+    service.script = [together]
+    assert score(service, requests(9), batch=1, concurrency=3) == [float(i) for i in range(9)]
     assert service.most == 3
 
 
