@@ -12,6 +12,7 @@
     ├── WeightSyncError (RuntimeError)    a publish could not be verified
     │   └── PolicyMovedOn                 ... since the policy has learned after that version
     ├── CheckpointError (RuntimeError)    a checkpoint is damaged, or not of this run
+    ├── LedgerError (ValueError)          a ledger contradicts itself: samples were lost or doubled
     ├── TrainingError (RuntimeError)      a run-time guard found training numerically broken
     └── Stopped                           somebody asked the run to end; it can be resumed
 
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DataLost",
+    "LedgerError",
     "ModelError",
     "PolicyMovedOn",
     "RayRLHFError",
@@ -97,6 +99,10 @@ class PolicyMovedOn(WeightSyncError):
 
 class CheckpointError(RayRLHFError, RuntimeError):
     """A checkpoint is damaged or missing, or belongs to a run with other settings."""
+
+
+class LedgerError(RayRLHFError, ValueError):
+    """A run's ledger contradicts itself; the message names the line."""
 
 
 class TrainingError(RayRLHFError, RuntimeError):

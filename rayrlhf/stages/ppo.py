@@ -23,6 +23,7 @@ from rayrlhf.actors.models import Judge
 from rayrlhf.actors.placement import plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
+from rayrlhf.checkpoint.ledger import LEDGER, Accounted, Facts
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
@@ -32,6 +33,7 @@ from rayrlhf.errors import ActorLost, DataLost, Stopped
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.ledger import Ledger
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet, first_ratio
 from rayrlhf.stages.saving import RECORDS, PolicySaver
@@ -100,6 +102,7 @@ class _Run:
                 if loop.remove_signal_handler(signal.SIGTERM):
                     signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
         join_arms(self.workspace, list(results))
+        shutil.copy2(self.context.folder / LEDGER, self.workspace / LEDGER)
         counts = self.context.data.prompts.counts
         return results[name] | {"arms": results, "data": counts, "start_seconds": ready - start}
 
@@ -204,9 +207,11 @@ class _Arm:
         ppo, groups, saver = self.config.ppo, self.roles.groups, self._saver()
         saver.go_on_from(found)
         done, state = (found.step, found.state) if found else (0, {})
+        ledger = self._ledger()
+        accounted = ledger.start_from(found)
         pool = self.roles.pool()
         plan = self._step_plan(state.get("text_drawn", 0))
-        saver.text = plan.text.stream if plan.text else None
+        saver.text, saver.ledger = plan.text.stream if plan.text else None, ledger
         learners = LearnerRoles(groups["policy"], groups.get("value"), plan)
         parts = Parts(
             rollout=pool,
@@ -214,6 +219,7 @@ class _Arm:
             learners=self._verified(learners) if self.context.verify_step else learners,
             weights=pool,
             checkpoints=saver,
+            ledger=ledger,
             sink=sink,
             clock=self.clock,
             gauges=partial(self.roles.memory, without="rollout"),  # which says it with each publish
@@ -221,20 +227,29 @@ class _Arm:
         )
         coef = state.get("kl_coef", ppo.kl.coef)
         kl = AdaptiveKL(coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(coef)
-        done = await run_ppo(parts, self._pacing(done), kl, done)
-        if self.name is not None and self.config.checkpoint.every:
-            await saver.save(done, kl.coef, {}, due=True)  # a later arm may be cut short: this one is done
+        done = await run_ppo(parts, self._pacing(done, accounted), kl, done)
+        # A later arm may be cut short: this one is done.
+        if self.name is not None and self.config.checkpoint.every and await saver.save(done, kl.coef, {}, due=True):
+            ledger.checkpoint(done)
+        ledger.end(done)
 
     def _verified(self, learners: LearnerRoles) -> VerifiedLearners:
         stage, blocks = self.stage, self.stage.text_blocks() if self.config.ppo.ptx.coef else None
         return VerifiedLearners(self.context, stage.parents, self.roles.groups, learners, blocks, self.progress.phase)
 
-    def _pacing(self, done: int) -> SyncPacing | OverlapPacing:
+    def _ledger(self) -> Ledger:
         ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]
-        stream = PromptStream(prompts, self.config.run.seed, ppo.samples_per_prompt, done * ppo.batch_size)
+        facts = Facts.of(self.config.run.seed, prompts, ppo.samples_per_prompt, ppo.batch_size)
+        return Ledger(self.context.folder, facts, self.name)
+
+    def _pacing(self, done: int, accounted: Accounted) -> SyncPacing | OverlapPacing:
+        """`done` steps are, in which these samples were."""
+        ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]
+        stream = PromptStream(prompts, self.config.run.seed, ppo.samples_per_prompt, accounted)
+        batches = (stream, ppo.batch_size, ppo.steps, self.clock)
         if ppo.pacing.kind == "sync":
-            return SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock, done)
-        return OverlapPacing(stream, ppo.batch_size, ppo.steps, self.clock, ppo.pacing.max_staleness, done)
+            return SyncPacing(*batches, done, ppo.max_failed)
+        return OverlapPacing(*batches, ppo.pacing.max_staleness, done, ppo.max_failed)
 
     def _scoring_groups(self) -> tuple[list[ActorGroup], list[ActorGroup]]:
         """The frozen roles and those that learn; not the policy where the engine's log-probs stand for its own."""

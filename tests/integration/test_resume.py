@@ -180,6 +180,12 @@ def learned(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if not k.startswith(MEASURED) and k not in unmeasured} for r in kept]
 
 
+def steps_of(folder: Path) -> dict[int, Any]:
+    """What the ledger says that each step learned from: its last word on it."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return {line["step"]: line["trained"] for line in lines if line["event"] == "step"}
+
+
 @pytest.fixture(scope="module")
 def whole(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of PPO-ptx that nothing happened to."""
@@ -201,6 +207,11 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
     assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
     assert learned(folder) == learned(whole)
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert steps_of(folder) == steps_of(whole)
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert "every sample is accounted for exactly once" in audit.stdout
+    assert (folder / "ledger.jsonl").read_text().count('"event":"rollback"') == 1
     for model in ("model", "model_ema"):
         mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
         assert all(torch.equal(mine[name], other[name]) for name in other)
@@ -214,3 +225,7 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(finished: FinishedR
     longer = rayrlhf("ppo", *run, f"ppo.steps={STEPS + 1}", "--resume")
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert [record["step"] for record in learned(whole)] == [1, 2, 3, 4, 5]
+    assert list(steps_of(whole)) == [1, 2, 3, 4, 5]
+    assert rayrlhf("audit", str(whole)).returncode == 0
+    artifacts = (whole.parent / "artifacts").glob("ppo-*")
+    assert sorted(len(steps_of(artifact)) for artifact in artifacts) == [4, 5]

@@ -50,6 +50,7 @@ class World:
             learners=self,
             weights=self,
             checkpoints=self,
+            ledger=_Lines(self),
             sink=self,
             clock=self.clock,
             gauges=self.gauges,
@@ -87,8 +88,9 @@ class World:
         parts = {"gather_s": 0.05, "transfer_s": 0.2, "fingerprint_s": 0.1, "load_s": 0.3, "probe_s": 0.125}
         return Publication(version, buckets=2, seconds=0.5, nbytes=2**29, memory_gib=2.5, **parts)
 
-    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> bool:
         self._called("save", step, kl_coef, metrics.get("reward/mean"), due)
+        return True
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._called("write", record["step"])
@@ -103,6 +105,19 @@ class World:
     async def gauges(self) -> dict[str, float]:
         self._called("gauges")
         return {"memory/policy_gib": 1.5}
+
+
+class _Lines:
+    """The ledger."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def step(self, step: int, batch: ScoredBatch) -> None:
+        self._world._called("ledger step", step)
+
+    def checkpoint(self, step: int) -> None:
+        self._world._called("ledger checkpoint", step)
 
 
 class KL:
