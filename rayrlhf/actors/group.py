@@ -85,6 +85,8 @@ class ActorGroup:
         await asyncio.gather(*(self._end(i) for i in ranks))
         await self._room(timeout_s)  # on another node, if theirs is gone
         self._replaced += 1
+        if self.devices is not None:
+            self.devices.replaced(self.role)
         for i in ranks:
             self.actors[i] = self._create(i)
 
@@ -156,8 +158,10 @@ class ActorGroup:
             return await self._wait(refs, method, timeout_s)
 
     async def call_rank(self, rank: int, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        refs = [getattr(self.actors[rank], method).remote(*args)]
-        return (await self._wait(refs, method, timeout_s, first=rank))[0]
+        needs = [(self, NEEDS[method])] if method in NEEDS else []
+        async with held_by(*needs):
+            refs = [getattr(self.actors[rank], method).remote(*args)]
+            return (await self._wait(refs, method, timeout_s, first=rank))[0]
 
     def close(self) -> None:
         """End every actor and give the bundles back."""

@@ -85,8 +85,10 @@ class PolicySaver:
         self._store.set_aside(found.step if found else -1)
         if found is not None:
             await self._each("load_state", found.folder / "state")
-            self._saved = found.step
         return found
+
+    def go_on_from(self, found: Checkpoint | None) -> None:
+        self._saved = found.step if found else 0
 
     async def _each(self, method: str, folder: Path) -> list[list[Any]]:
         """What the ranks of each role that learns return."""

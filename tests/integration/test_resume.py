@@ -159,10 +159,10 @@ def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> i
             return process.wait(60)
         finally:
             process.kill()
-            _end_orphans(process.pid)
+            end_session(process.pid)
 
 
-def _end_orphans(session: int) -> None:
+def end_session(session: int) -> None:
     """Ray's processes live on without their driver for a while; they are of its session."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
