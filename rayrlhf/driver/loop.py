@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ from rayrlhf.driver.protocols import (
     Scorers,
     Weights,
 )
-from rayrlhf.errors import Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, RayRLHFError, Stopped, TrainingError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
@@ -78,12 +78,14 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
 
     Raises:
         Stopped: `parts.stop` was set; responses under way are dropped, a step that learns is ended, then all is saved.
+        ActorLost, DataLost: what learns, or what it was to learn from, is gone; go on from a checkpoint.
+        ActorError, TrainingError: no more batches can be had; saved, unless it was the learning that failed.
     """
     clock, metrics = parts.clock, dict[str, float]()
     await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
     clock.start_step()
     async with aclosing(pacing.scored_batches(parts.rollout, parts.scorers)) as batches:
-        while batch := await _unless(parts.stop, batches):
+        while batch := await _next(parts, batches, (step, kl.coef, metrics)):
             staleness = _staleness(batch, pacing.max_staleness)
             with clock.phase("estimate"):
                 experience = await parts.learners.estimate(batch, kl.coef)
@@ -111,8 +113,24 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
     return step
 
 
+async def _next(
+    parts: Parts, batches: AsyncGenerator[ScoredBatch], learned: tuple[int, float, dict[str, float]]
+) -> ScoredBatch | None:
+    """The next batch; None after the last one, or as soon as the run is to stop.
+
+    When it cannot be had, and nobody is to be replaced, what has been learned is saved before the error goes on.
+    """
+    try:
+        return await _unless(parts.stop, batches)
+    except (ActorLost, DataLost):
+        raise
+    except (ActorError, TrainingError):
+        with suppress(RayRLHFError):
+            await _save(parts, *learned, due=True)
+        raise
+
+
 async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> ScoredBatch | None:
-    """The next batch; None after the last one, or as soon as `stop` is set."""
     coming, stopping = asyncio.ensure_future(anext(batches, None)), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([coming, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -13,7 +13,7 @@ from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.loop import _throughput, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.driver.protocols import RolloutBatch
-from rayrlhf.errors import Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, Stopped, TrainingError
 from rayrlhf.types import RolloutInfo
 
 BATCH = 3
@@ -210,6 +210,33 @@ def test_a_failed_update_is_neither_published_nor_saved_nor_written():
     assert named(world, "publish") == [(0,)]
     assert world.records == []
     assert named(world, "save") == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "error", "saved"),
+    [
+        ("generate", ActorError("rollout-0 was lost too often"), True),
+        ("frozen", TrainingError("too many samples failed"), True),
+        ("learning", ActorLost("the policy died"), False),
+        ("update", ActorError("a bug"), False),
+        ("publish", DataLost("its node is gone"), False),
+    ],
+)
+def test_when_no_more_batches_can_be_had_what_was_learned_is_saved_unless_it_is_a_learner_that_is_lost(
+    phase: str, error: Exception, saved: bool
+):
+    class Breaks(World):
+        def _called(self, name, *details):
+            if name == phase and self._counts.get(name, 0) == 2:
+                raise error
+            return super()._called(name, *details)
+
+    world = Breaks()
+    with pytest.raises(type(error)):
+        drive(world, steps=4)
+    dues = [due for *_, due in named(world, "save")]
+    steps = 1 if phase == "publish" else 2  # the first publish comes before the first step
+    assert dues == [False] * steps + [True] * saved
 
 
 def test_no_steps_publish_once_and_write_nothing():
