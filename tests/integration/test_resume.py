@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import time
@@ -21,6 +20,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
+from tests.faults import end_session
 from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
@@ -160,17 +160,6 @@ def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> i
         finally:
             process.kill()
             end_session(process.pid)
-
-
-def end_session(session: int) -> None:
-    """Ray's processes live on without their driver for a while; they are of its session."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, IndexError):
-            continue
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
