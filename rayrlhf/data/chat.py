@@ -77,7 +77,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]
 class _Spelled:
     """Special tokens that turns spell out, each hidden behind a stand-in while the template is rendered.
 
-    The rest of the turn stays as it is, since templates look at it: they trim, and part what was thought from the answer.
+    The rest of the turn stays as it is, since templates look at it: they trim, and part thoughts from the answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turns: Turns) -> None:
@@ -136,9 +136,9 @@ def _control_tokens(
 
 
 def _as_characters(tokenizer: PreTrainedTokenizerBase, token: str) -> list[int]:
-    ids = encode_text(tokenizer, token)
-    if any(tokenizer.added_tokens_decoder.keys() & set(ids)):  # one that is not marked as special is still found
-        ids = [i for character in token for i in encode_text(tokenizer, character)]
+    ids = _characters(tokenizer, token)
+    if tokenizer.added_tokens_decoder.keys() & set(ids):  # one that is not marked as special is still found
+        ids = [i for character in token for i in _characters(tokenizer, character)]
     return ids
 
 
@@ -148,7 +148,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> str:
         text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except Exception as error:  # a template is a program: it may divide by zero, or ask for what is not there
         roles = ", ".join(role for role, _ in turns)
-        message = f"the chat template of {_name(tokenizer)} refuses the turns ({roles}): {error or type(error).__name__}"
+        reason = str(error) or type(error).__name__
+        message = f"the chat template of {_name(tokenizer)} refuses the turns ({roles}): {reason}"
         raise ModelError(message, "set model.chat_template to one that takes these roles") from None
     return text
 
@@ -163,6 +164,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Otherwise a document about `<|endoftext|>` would teach the model to stop in the middle of a sentence.
     """
+    ids = _characters(tokenizer, text)
+    ends = {tokenizer.eos_token_id: tokenizer.eos_token, tokenizer.pad_token_id: tokenizer.pad_token}
+    found = [token for number, token in ends.items() if number in ids and isinstance(token, str)]
+    if not found:
+        return ids
+    # A tokenizer may name an EOS that its own list does not mark as special.
+    parts = re.split(f"({'|'.join(map(re.escape, found))})", text)
+    return [i for part in parts for i in (_as_characters if part in found else _characters)(tokenizer, part)]
+
+
+def _characters(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return ids
 
