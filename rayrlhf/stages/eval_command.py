@@ -101,7 +101,7 @@ def _stages(summary: Path) -> dict[str, Any]:
     named = list(stages.values()) if isinstance(stages, dict) else [None]
     if not all(isinstance(stage, dict) and isinstance(stage.get("model", ""), str) for stage in named):
         raise ConfigError(f"{summary}: not the summary of a run", "run it again: finished stages are not run twice")
-    return stages
+    return dict(stages)
 
 
 def _named(paths: Sequence[str], taken: Collection[str]) -> dict[str, str]:

@@ -20,7 +20,8 @@ from rich.console import Console
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
-from rayrlhf.errors import ConfigError, RayRLHFError, Stopped
+from rayrlhf.config.secrets import masked
+from rayrlhf.errors import ConfigError, RayRLHFError, Stopped, printable
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
@@ -169,7 +170,7 @@ class _Run:
         except Stopped:
             raise
         except RayRLHFError as error:
-            summary["status"], summary["error"] = "failed", f"{type(error).__name__}: {error}"
+            summary["status"], summary["error"] = "failed", masked(f"{type(error).__name__}: {error}")
             raise
         finally:
             summary["evaluation"] = _evaluation(summary["stages"])
@@ -214,7 +215,9 @@ class _Run:
         try:
             path = write_report([self.folder])
         except Exception as problem:
-            self.console.print(f"the report could not be written: {problem}", markup=False, highlight=False)
+            self.console.print(
+                f"the report could not be written: {printable(str(problem))}", markup=False, highlight=False
+            )
         else:
             self.console.print(f"the report is in {path}", markup=False, highlight=False, soft_wrap=True)
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
@@ -75,7 +77,9 @@ class PolicySaver:
         """
         found = await asyncio.to_thread(self._store.newest)
         for reason in self._store.damaged:
-            self._context.console.print(f"[yellow]not a whole checkpoint, passed over:[/] {reason}", soft_wrap=True)
+            self._context.console.print(
+                f"[yellow]not a whole checkpoint, passed over:[/] {escape(reason)}", soft_wrap=True
+            )
         self._store.set_aside(found.step if found else -1)
         if found is not None:
             _check_state(found)

@@ -11,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import DataError
 
 __all__ = ["RunFolder", "read_folder"]
@@ -111,7 +112,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            # Today's configs hold no secrets; one of an older version may.
+            flat[f"{prefix}{key}"] = masked(value) if isinstance(value, str) else value
     return flat
 
 
