@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from rayrlhf.errors import ConfigError
 
-__all__ = ["check_size", "parse", "shown"]
+__all__ = ["check_size", "check_text", "leaves", "parse", "shown"]
 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
@@ -44,6 +44,25 @@ def check_size(tree: Any, source: str) -> None:
         )
 
 
+def check_text(tree: Any, source: str) -> None:
+    """Raise ConfigError for what cannot be written down again as text."""
+    for dotted, _, value in leaves(tree):
+        if isinstance(value, bytes):
+            raise ConfigError(f"{source}: {dotted}: found bytes, expected text or a number", "take !!binary out")
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"{source}: {dotted}: half a surrogate pair at character {error.start}", "mend or remove it"
+                ) from None
+
+
+def leaves(tree: Any) -> Iterator[tuple[str, str, Any]]:
+    """(dotted path, last key, value) of all values; what YAML aliases share is looked at once."""
+    return _leaves(tree, "", set(), "")
+
+
 def shown(value: Any) -> str:
     """Its repr, cut where it is long."""
     try:
@@ -61,3 +80,19 @@ def _values(node: Any, counts: dict[int, float]) -> float:
         items = [*node, *node.values()] if isinstance(node, Mapping) else node
         counts[id(node)] = 1 + sum(_values(item, counts) for item in items)
     return counts[id(node)]
+
+
+def _leaves(node: Any, dotted: str, seen: set[int], key: str) -> Iterator[tuple[str, str, Any]]:
+    if not isinstance(node, Mapping | list | tuple | set):
+        yield dotted, key, node
+        return
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    pairs = node.items() if isinstance(node, Mapping) else ((str(i), item) for i, item in enumerate(node))
+    for name, value in pairs:
+        here = f"{dotted}.{name}" if dotted else str(name)
+        # An item of a list stands under the list's key.
+        yield from _leaves(value, here, seen, str(name) if isinstance(node, Mapping) else key)
+        if isinstance(name, str):  # keys of the user's own, such as those of ppo.arms
+            yield f"a key of {dotted}" if dotted else "a section's name", "", name

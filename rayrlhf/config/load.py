@@ -12,8 +12,9 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
-from rayrlhf.config.limits import check_size, parse, shown
+from rayrlhf.config.limits import check_size, check_text, parse, shown
 from rayrlhf.config.root import Config
 from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
@@ -46,6 +47,7 @@ def config_from(
         _apply_override(tree, override)
     _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
     check_size(tree, source)
+    check_text(tree, source)
     refuse_secrets(tree, environ, source)
     try:
         return Config.model_validate(tree)
@@ -60,9 +62,20 @@ def dump_config(config: Config) -> str:
     return stream.getvalue()
 
 
+class _Representer(SafeRepresenter):
+    """ruamel writes U+0085 as it is, and reads it back as the end of a line."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     # ruamel follows YAML 1.2, where 9e-6 is a number; PyYAML (1.1) reads a string.
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from rayrlhf.config.limits import leaves
 from rayrlhf.errors import ConfigError
 
 __all__ = ["masked", "refuse_secrets"]
@@ -45,12 +46,12 @@ def refuse_secrets(
 ) -> None:
     """Raise ConfigError for a value that holds a secret, or stands where one would; it names the key alone."""
     held = _of_environment(environ)
-    for dotted, key, value in _leaves(tree, "", set()):
+    for dotted, key, value in leaves(tree):
         found = _kind_of(value, held) if isinstance(value, str) else None
         if found is None and KEY.search(key) and isinstance(value, str) and value:
             found = "a value where a secret would stand"
         if found:
-            raise ConfigError(f"{source}: {dotted}: holds {found}", HINT)
+            raise ConfigError(f"{source}: {masked(dotted, held)}: holds {found}", HINT)
 
 
 def masked(text: str, environ: Mapping[str, str] = os.environ) -> str:
@@ -72,20 +73,3 @@ def _kind_of(text: str, held: Mapping[str, str]) -> str | None:
 def _of_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that hold secrets, by their names."""
     return {name: value for name, value in environ.items() if VARIABLE.search(name) and len(value) >= SHORTEST}
-
-
-def _leaves(node: Any, dotted: str, seen: set[int], key: str = "") -> Iterator[tuple[str, str, Any]]:
-    """(dotted path, last key, value) of all values; what YAML aliases share is looked at once."""
-    if not isinstance(node, Mapping | list | tuple | set):
-        yield dotted, key, node
-        return
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    pairs = node.items() if isinstance(node, Mapping) else ((str(i), item) for i, item in enumerate(node))
-    for name, value in pairs:
-        here = f"{dotted}.{name}" if dotted else str(name)
-        # An item of a list stands under the list's key.
-        yield from _leaves(value, here, seen, str(name) if isinstance(node, Mapping) else key)
-        if isinstance(name, str):  # keys of the user's own, such as those of ppo.arms
-            yield f"a key of {dotted}" if dotted else "a section's name", "", name

@@ -112,9 +112,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            # Today's configs hold no secrets; one of an older version may.
-            flat[f"{prefix}{key}"] = masked(value) if isinstance(value, str) else value
+            flat[f"{prefix}{key}"] = _masked(value)
     return flat
+
+
+def _masked(value: Any) -> Any:
+    """Today's configs hold no secrets; one of an older version may."""
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
