@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from rayrlhf.errors import ConfigError
 
-__all__ = ["check_size", "check_text", "leaves", "parse", "shown"]
+__all__ = ["UNREADABLE", "check_size", "check_text", "leaves", "parse", "shown"]
 
+# ruamel lets a ValueError of a false date or number through, and more where a tag is given what it cannot hold.
+UNREADABLE = (YAMLError, ValueError, RecursionError, TypeError, AttributeError, OverflowError, LookupError)
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
 """with YAML aliases written out: nine lines of them can stand for a billion"""

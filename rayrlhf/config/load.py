@@ -11,10 +11,10 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from rayrlhf.config.limits import check_size, check_text, parse, shown
+from rayrlhf.config.limits import UNREADABLE, check_size, check_text, parse, shown
 from rayrlhf.config.root import Config
 from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
@@ -22,8 +22,6 @@ from rayrlhf.errors import ConfigError
 __all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config"]
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
-# ruamel lets a ValueError of a false date or number through, and more where a tag is given what it cannot hold.
-UNREADABLE = (YAMLError, ValueError, RecursionError, TypeError, AttributeError, OverflowError, LookupError)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:

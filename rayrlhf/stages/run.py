@@ -224,7 +224,7 @@ class _Run:
     def _replay(self, context: StageContext, artifact: Artifact) -> None:
         if (artifact.folder / "metrics.jsonl").exists():
             for record in read_jsonl(artifact.folder / "metrics.jsonl"):
-                if "step" in record:
+                if isinstance(record, dict) and "step" in record:
                     context.sink.write({"stage": artifact.stage, **record})
         if (artifact.folder / "samples.jsonl").exists():
             for record in read_jsonl(artifact.folder / "samples.jsonl"):

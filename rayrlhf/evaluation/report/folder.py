@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from rayrlhf.config.limits import UNREADABLE, check_size
 from rayrlhf.config.secrets import masked
 from rayrlhf.errors import DataError
 
@@ -100,7 +100,8 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8", errors="replace"))
-    except (YAMLError, ValueError):
+        check_size(tree, str(path))
+    except UNREADABLE:
         notes.append("config.yaml cannot be read as YAML and is left out.")
         return {}
     return _flat(tree) if isinstance(tree, dict) else {}
@@ -128,7 +129,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         notes.append(f"{path.name} is broken and is left out.")
@@ -146,7 +147,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)
