@@ -289,11 +289,9 @@ def test_the_engine_looks_for_safetensors_and_for_no_other_weights(healthy: Pair
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
     torch.save({}, tmp_path / "pytorch_model.bin")
-    torch.save({}, tmp_path / "model.pt")
-    config = healthy.engine._llm.llm_engine.vllm_config
+    loader = DefaultModelLoader(healthy.engine._llm.llm_engine.vllm_config.load_config)
     with pytest.raises(RuntimeError, match="Cannot find any model weights"):
-        DefaultModelLoader(config.load_config)._prepare_weights(str(tmp_path), None, None, True, None)
-    assert not config.model_config.trust_remote_code
+        loader._prepare_weights(str(tmp_path), None, None, True, None)
 
 
 def test_the_same_seed_draws_the_same_tokens(healthy: Pair) -> None:
