@@ -2,8 +2,8 @@
 
 vLLM's serves every model and quantization. Its bookkeeping (each loader's pass over meta tensors, signatures bound,
 every module taken apart and put together again) takes longer than the weights do where a model is small. An unquantized
-one on a CPU needs little of it: tensors wait until their layer has all of them, the layer's own loaders write them where
-it keeps them, or into memory to pack from, and vLLM's own method packs.
+one on a CPU needs little of it: tensors wait until their layer has all of them, the layer's own loaders write them
+where it keeps them, or into memory to pack from, and vLLM's own method packs.
 
     begin()    model.load_weights(bucket), keep(buffer)    ... for each bucket ...    finish()
 """
