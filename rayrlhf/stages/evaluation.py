@@ -17,8 +17,8 @@ from typing import Any
 
 import ray
 
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import score_with
-from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import sample_seed
 from rayrlhf.driver.protocols import RolloutBatch
@@ -176,7 +176,7 @@ class _Evaluation:
     async def _score(self, batches: Sequence[RolloutBatch], roles: Sequence[str]) -> Scores:
         groups, scores = [self.roles.groups[role] for role in roles], Scores()
         for batch in batches:
-            for handle in await score_with(groups, batch):
+            for handle in (await score_with(groups, batch, self.roles.replace)).handles:
                 scores.merge(await handle)
         return scores
 

@@ -16,6 +16,7 @@ __all__ = ["check_same", "has_checkpoints", "inputs_of_arm", "store_of_arm"]
 # Inputs of the ppo stage that do not change what is learned; all others must be as they were.
 MAY_CHANGE = (
     "sections.ppo.steps",
+    "sections.ppo.max_failed_share",
     "sections.weights",
     *(f"sections.rollout.{key}" for key in ("engines", "kv_cache_gib", "gpu_memory_utilization", "max_sequences")),
     "sections.rollout.tensor_parallel",
