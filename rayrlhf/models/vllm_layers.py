@@ -59,14 +59,17 @@ class LayerwiseReload:
 class _PlainReload(LayerwiseReload):
     def __init__(self, model: nn.Module, config: Any, layers: list[nn.Module]) -> None:
         super().__init__(model, config)
-        self._layers = [_PlainLayer(layer) for layer in layers]
+        self._filled: set[tuple[int, int]] = set()
+        self._layers = [_PlainLayer(layer, self._filled) for layer in layers]
         self._attention: list[Any] = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
 
     def begin(self) -> None:
+        self._filled.clear()
         for layer in self._layers:
             layer.begin()
 
     def keep(self, buffer: torch.Tensor) -> None:
+        self._filled.clear()
         for layer in self._layers:
             layer.waiting = [(name, _own(tensor, buffer), *rest) for name, tensor, *rest in layer.waiting]
 
@@ -80,7 +83,9 @@ class _PlainReload(LayerwiseReload):
 class _PlainLayer:
     """One layer: its parameters as the engine uses them, and meta tensors that stand in for them during an update."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, filled: set[tuple[int, int]]) -> None:
+        """`filled`: (parameter, address) of what layers have loaded from this bucket."""
+        self._filled = filled
         self.waiting: list[tuple[str, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
         """(parameter, what it is loaded from, what else its loader is told)"""
         self._layer = layer
@@ -124,7 +129,11 @@ class _PlainLayer:
             whole = {n: p if p.numel() else materialize_meta_tensor(self._stand_ins[n]) for n, p in self._used.items()}
             self._layer._parameters.update(whole)
             for name, tensor, rest, named in self.waiting:
-                self._loaders[name](whole[name], tensor, *rest, **named)
+                place = id(whole[name]), tensor.data_ptr()
+                if place not in self._filled:  # a tied head is the embedding's parameter, and came with it
+                    self._loaders[name](whole[name], tensor, *rest, **named)
+                if whole[name] is self._used[name]:
+                    self._filled.add(place)
             if (method := getattr(self._layer, "quant_method", None)) is not None:
                 method.process_weights_after_loading(self._layer)
             self.waiting = []
