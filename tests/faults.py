@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "actor", "end_session", "recoveries", "send_within", "started", "wait_until"]
+__all__ = ["ROOT", "actor", "end_session", "recoveries", "send_within", "session", "started", "wait_until"]
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,13 +41,22 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
             end_session(process.pid)
 
 
-def end_session(session: int) -> None:
-    """Ray's processes live on without their driver for a while; they are of its session."""
+def session(leader: int) -> list[int]:
+    """The processes of a session; zombies are none."""
+    found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
             fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(status.parent.name), signal.SIGKILL)
+            if int(fields[3]) == leader and fields[0] != "Z":
+                found.append(int(status.parent.name))
+    return found
+
+
+def end_session(leader: int) -> None:
+    """Ray's processes live on without their driver for a while; they are of its session."""
+    for pid in session(leader):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def actor(driver: int, name: str) -> psutil.Process | None:

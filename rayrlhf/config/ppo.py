@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rayrlhf.config.base import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.config.training import Adam
 
 __all__ = ["KLConfig", "PPOConfig", "RolloutConfig", "WeightsConfig"]
@@ -117,6 +118,7 @@ class PPOConfig(Section):
     lam: Fraction = 0.95
     kl: KLConfig = KLConfig()
     truncated: TruncationConfig = TruncationConfig()
+    reward: RewardSourceConfig = RewardSourceConfig()
     score: ScoreConfig = ScoreConfig()
     ptx: PTXConfig = PTXConfig()
     ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None

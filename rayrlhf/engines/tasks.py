@@ -1,4 +1,4 @@
-"""Language modelling: what pretrain and sft learn, and PPO-ptx beside the policy loss."""
+"""Language modelling: what pretrain and sft learn, and PPO-ptx's text."""
 
 from __future__ import annotations
 

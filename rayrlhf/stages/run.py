@@ -90,6 +90,8 @@ def run(
     counts = preflight.check_data(data, todo)
     if "sft" in todo:
         preflight.check_selection(config, data)
+    if "ppo" in todo:
+        preflight.check_ensemble(config, data)
     if "eval" in todo:
         preflight.check_evaluation(config, data)
     preflight.check_world(config, data, todo)

@@ -1,4 +1,4 @@
-"""Ranking, which the reward stage learns; and one number per sequence from a model, for whoever needs it."""
+"""Ranking: what the reward model learns; and scores of whole sequences by any model."""
 
 from __future__ import annotations
 
