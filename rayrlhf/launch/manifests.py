@@ -21,7 +21,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rayrlhf.config import Config, load_config, load_section
 from rayrlhf.errors import ConfigError
 from rayrlhf.launch.dashboard import dashboard
-from rayrlhf.launch.sizes import nodes_needed
 from rayrlhf.launch.supported import supported_versions
 from rayrlhf.launch.values import Values, WorkerGroup
 
@@ -52,7 +51,7 @@ class Sized:
     def shared_memory_gib(self) -> int:
         return self.group.shared_memory_gib or max(1, self.group.memory_gib // 3)
 
-    def resources(self) -> dict[str, float]:
+    def resources(self) -> dict[str, int]:
         """What Ray is told that a node has."""
         gpus = {"GPU": self.group.gpus} if self.group.gpus else {}
         return {"CPU": self.group.cpus, **gpus, **self.group.resources}
@@ -95,7 +94,11 @@ def write_manifests(values_file: Path, folder: Path, kinds: Sequence[str] = ()) 
 def _sized(values: Values, config: Config | None) -> list[Sized]:
     """The groups that have, or may get, nodes."""
     open_groups = {name: group for name, group in values.workers.items() if group.nodes is None}
-    needed = nodes_needed(config, values.workers) if config and open_groups else {}
+    needed: Mapping[str, int] = {}
+    if config and open_groups:
+        from rayrlhf.launch.sizes import nodes_needed  # and torch, behind what it imports
+
+        needed = nodes_needed(config, values.workers)
     sized = []
     for name, group in values.workers.items():
         nodes = needed[name] if group.nodes is None else group.nodes

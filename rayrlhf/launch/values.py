@@ -41,7 +41,7 @@ class WorkerGroup(Node):
     """With `autoscaling` so many at most; left out: `nodes`."""
     shared_memory_gib: PositiveInt | None = None
     """KubeRay: of /dev/shm, where Ray's objects and weights between processes are. Left out: a third of the memory."""
-    resources: dict[str, Positive] = Field(default_factory=dict)
+    resources: dict[str, PositiveInt] = Field(default_factory=dict)
     """Ray's custom resources of a node, which `cluster.<role>.resources` of a config asks for."""
 
     @model_validator(mode="after")
@@ -57,8 +57,8 @@ class Images(Section):
     gpu: str = "rayrlhf:gpu"
     cpu: str = "rayrlhf:cpu"
     base_gpu: str | None = None
-    """What the GPU image starts from; left out: Ray's own of the tested version, with the CUDA compiler that DeepSpeed's
-    operators need."""
+    """What the GPU image starts from; left out: Ray's own of the tested version, which has the CUDA compiler for
+    DeepSpeed's operators."""
     base_cpu: str = "python:3.11-bookworm"
     pull_secrets: tuple[Name, ...] = ()
     """Secrets of Kubernetes with which a private registry is read."""
