@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,7 +68,8 @@ refs = [where.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft
 found = {"nodes": ray.get(refs), "resources": ray.cluster_resources(), "address": os.environ["RAY_ADDRESS"]}
 stranger = {**os.environ, "RAY_AUTH_TOKEN": "f" * 64}
 knock = [sys.executable, "-c", "import ray; ray.init(address='auto'); print('in')"]
-found["stranger"] = subprocess.run(knock, env=stranger, capture_output=True, text=True, timeout=60).stdout.strip()
+knocked = subprocess.run(knock, env=stranger, capture_output=True, text=True, timeout=60)
+found["stranger"] = [knocked.stdout.strip(), "AuthenticationError" in knocked.stderr]
 found["token_mode"] = oct(os.stat(os.environ["RAY_AUTH_TOKEN_PATH"]).st_mode & 0o777)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with open(sys.argv[1] + ".new", "w") as file:
@@ -130,11 +132,12 @@ def test_the_script_makes_one_ray_of_all_nodes_hands_on_the_signal_and_leaves_no
         assert running.wait(60) == 143, log.read_text()
     finally:
         running.kill()
+        shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
     found = json.loads(result.read_text())
     assert sorted(found["nodes"]) == sorted(ADDRESSES.values())
     assert (found["resources"]["CPU"], found["resources"]["disk"]) == (4, 6)
     assert found["address"] == f"{ADDRESSES['a']}:{20_000 + int(job)}"
-    assert (found["stranger"], found["token_mode"]) == ("", "0o600")
+    assert (found["stranger"], found["token_mode"]) == (["", True], "0o600")
     assert "slurm.sh: 2 Ray nodes" in log.read_text()
     assert list(shared.iterdir()) == []  # the token went with the job
     deadline = time.monotonic() + 20
