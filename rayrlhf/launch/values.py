@@ -28,6 +28,8 @@ class Node(Section):
 class Head(Node):
     """The node of Ray's head and the run's driver; no rank is placed on it, but by Slurm, whose first node it is."""
 
+    memory_gib: PositiveInt = 16
+
 
 class WorkerGroup(Node):
     """Nodes that are alike."""
@@ -60,6 +62,8 @@ class Images(Section):
     """What the GPU image starts from; left out: Ray's own of the tested version, which has the CUDA compiler for
     DeepSpeed's operators."""
     base_cpu: str = "python:3.11-bookworm"
+    packages: tuple[str, ...] = ()
+    """Python packages that the CPU image has besides: for the cluster launcher the cloud's own, `boto3==1.40.0`."""
     pull_secrets: tuple[Name, ...] = ()
     """Secrets of Kubernetes with which a private registry is read."""
 
@@ -140,7 +144,7 @@ class Values(Section):
     """What is run on the head; left out: `rayrlhf run` of the config, with --resume."""
     autoscaling: bool = True
     """KubeRay and cluster launcher: nodes beyond `workers.<group>.nodes` come when actors wait, and go when idle."""
-    head: Head = Head(memory_gib=16)
+    head: Head = Head()
     workers: dict[Name, WorkerGroup] = Field(
         default_factory=lambda: {"gpu": WorkerGroup(gpus=8, cpus=96, memory_gib=768)}
     )

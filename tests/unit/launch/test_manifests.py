@@ -48,7 +48,12 @@ def mixed() -> dict[str, str]:
     """GPU and CPU groups, everything that can be asked for."""
     made = values(
         workers={"gpu": GPU_GROUP | {"nodes": 2, "most": 4}, "cpu": {"nodes": 1}},
-        images={"gpu": "registry.example/rlhf:gpu", "cpu": "registry.example/rlhf:cpu", "pull_secrets": ["registry"]},
+        images={
+            "gpu": "registry.example/rlhf:gpu",
+            "cpu": "registry.example/rlhf:cpu",
+            "packages": ["boto3==1.40.0"],
+            "pull_secrets": ["registry"],
+        },
         storage={"path": "/mnt/runs", "claim": "runs", "storage_class": "nfs"},
         slurm={"group": "gpu", "partition": "a100", "account": "me", "options": ["--qos=high"], "setup": ["true"]},
         launcher={"provider": {"type": "aws", "region": "us-west-2"}, "ssh_private_key": "~/.ssh/key"},
