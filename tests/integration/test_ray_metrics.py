@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from rayrlhf.actors.exporter import RayMetrics
 from rayrlhf.launch.dashboard import PANELS
 from rayrlhf.metrics.names import prometheus_name
 from tests.integration.conftest import ROOT
@@ -62,14 +63,15 @@ def test_every_number_of_a_record_is_a_gauge_that_prometheus_can_scrape(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line and not line.startswith("#")]
-    values = {line.split("{")[0]: (line.split("{")[1].split("}")[0], float(line.split()[-1])) for line in lines}
-    tags, reward = values["ray_rayrlhf_reward_mean"]
-    assert dict(re.findall(r'(run|stage|arm)="([^"]*)"', tags)) == {"run": "demo", "stage": "ppo", "arm": "ppo_ptx"}
-    assert (reward, values["ray_rayrlhf_step"][1]) == (1.5, 2.0)
-    assert values["ray_rayrlhf_kl_mean"][1] == 1.0  # a number that could not be computed leaves the gauge as it was
-    assert "ray_rayrlhf_text" not in values
-    assert {prometheus_name(metric) for metric in asked} <= set(values)
+    families = list(text_string_to_metric_families(done.stdout))  # Prometheus' own parser
+    samples = {sample.name: sample for family in families for sample in family.samples}
+    reward = samples["ray_rayrlhf_reward_mean"]
+    assert {tag: reward.labels[tag] for tag in RayMetrics.TAGS} == {"run": "demo", "stage": "ppo", "arm": "ppo_ptx"}
+    assert (reward.value, samples["ray_rayrlhf_step"].value) == (1.5, 2.0)
+    assert samples["ray_rayrlhf_kl_mean"].value == 1.0  # a number that could not be computed leaves the gauge as it was
+    assert "ray_rayrlhf_text" not in samples
+    assert {prometheus_name(metric) for metric in asked} <= set(samples)
     nodes = {metric for panels in PANELS.values() for p in panels if p.nodes for metric in p.metrics}
-    assert nodes - NOT_HERE <= set(values)
-    assert "# TYPE ray_rayrlhf_reward_mean gauge" in done.stdout
+    assert nodes - NOT_HERE <= set(samples)
+    assert all("NodeAddress" in samples[name].labels for name in nodes - NOT_HERE)
+    assert {family.name: family.type for family in families}["ray_rayrlhf_reward_mean"] == "gauge"
