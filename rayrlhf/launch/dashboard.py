@@ -7,7 +7,7 @@ from typing import Any
 
 from rayrlhf.metrics.names import prometheus_name
 
-__all__ = ["NODE_METRICS", "PANELS", "Panel", "dashboard"]
+__all__ = ["NODE_METRICS", "PANELS", "Panel", "dashboard", "node_label"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +118,22 @@ def _panel(panel: Panel, number: int, place: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def node_label(metric: str) -> str:
+    """The label with a node's address: Ray's agent of a node and its other processes do not call it the same."""
+    return "ip" if metric.startswith("ray_node_") else "NodeAddress"
+
+
 def _query(metric: str, nodes: bool) -> str:
     if nodes:
-        return f"avg by (NodeAddress) ({metric})" if "utilization" in metric else f"sum by (NodeAddress) ({metric})"
+        how = "avg" if "utilization" in metric else "sum"
+        return f"{how} by ({node_label(metric)}) ({metric})"
     # `max` drops the tags of the process: a run that was resumed goes on as the same line.
     return f'max by (run, stage, arm) ({prometheus_name(metric)}{{run=~"$run", stage=~"$stage", arm=~"$arm"}})'
 
 
 def _legend(metric: str, nodes: bool, several: bool) -> str:
     if nodes:
-        return "{{NodeAddress}}"
+        return f"{{{{{node_label(metric)}}}}}"
     return f"{metric} {{{{run}}}} {{{{arm}}}}" if several else "{{run}} {{arm}}"
 
 

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayrlhf.actors.exporter import RayMetrics
-from rayrlhf.launch.dashboard import PANELS
+from rayrlhf.launch.dashboard import PANELS, node_label
 from rayrlhf.metrics.names import prometheus_name
 from tests.integration.conftest import ROOT
 
@@ -73,5 +73,5 @@ def test_every_number_of_a_record_is_a_gauge_that_prometheus_can_scrape(tmp_path
     assert {prometheus_name(metric) for metric in asked} <= set(samples)
     nodes = {metric for panels in PANELS.values() for p in panels if p.nodes for metric in p.metrics}
     assert nodes - NOT_HERE <= set(samples)
-    assert all("NodeAddress" in samples[name].labels for name in nodes - NOT_HERE)
+    assert all(samples[name].labels[node_label(name)] for name in nodes - NOT_HERE)
     assert {family.name: family.type for family in families}["ray_rayrlhf_reward_mean"] == "gauge"
