@@ -18,9 +18,9 @@ __all__ = ["RayMetrics"]
 class RayMetrics:
     """The newest number of every metric as a gauge, tagged with run, stage and arm (empty where there is one only).
 
-    `reward/mean` of the record is `ray_rayrlhf_reward_mean` at the endpoint of the driver's node. Ray sends a value once,
-    within ten seconds, and the agent forgets it twenty seconds later. A step takes longer: the present stage's numbers
-    are said again and again, and those of a stage that is over fade.
+    `reward/mean` of the record is `ray_rayrlhf_reward_mean` at the endpoint of the driver's node. Ray sends a value
+    once, within ten seconds, and the agent forgets it twenty seconds later. A step takes longer: the present stage's
+    numbers are said again and again, and those of a stage that is over fade.
     """
 
     TAGS = ("run", "stage", "arm")
