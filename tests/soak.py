@@ -14,12 +14,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -27,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import recoveries, send_within, started, wait_until
+from tests.faults import recoveries, send_within, session, started, wait_until
 
 __all__ = ["SMALL", "Report", "same_numbers", "soak"]
 
@@ -70,7 +72,6 @@ class Report:
 
 
 def soak(command: Sequence[str], folder: Path, steps: int, every: int, seed: int, log: Path) -> Report:
-    """Run the command (which must save at every step) to its end, with faults on the way, resuming as often as needed."""
     report, rng, memory = Report(), random.Random(seed), _shared_memory()
     schedule = _schedule(rng, steps, every)
     due = next(schedule, None)
@@ -150,26 +151,32 @@ def same_numbers(one: Path, other: Path) -> list[str]:
     ]
 
 
-def _files_of(driver: int) -> Iterator[int]:
-    """Open files of the driver: at the first look, and at the last one that it lived to see."""
-    seen: list[int] = []
+class _OpenFiles:
+    """How many files the driver has open, once a second for as long as it lives."""
 
-    def look() -> None:
+    def __init__(self, driver: int) -> None:
+        self._seen: list[int] = []
+        threading.Thread(target=self._look, args=(psutil.Process(driver),), daemon=True).start()
+
+    def _look(self, driver: psutil.Process) -> None:
         with suppress(psutil.Error):
-            while True:
-                seen.append(psutil.Process(driver).num_fds())
+            while driver.status() != psutil.STATUS_ZOMBIE:
+                self._seen.append(driver.num_fds())
                 time.sleep(1.0)
 
-    import threading
+    def early_and_late(self) -> tuple[int, int]:
+        """Medians of the second and of the last quarter: the first starts things."""
+        quarter = max(1, len(self._seen) // 4)
+        early, late = self._seen[quarter : 2 * quarter] or [0], self._seen[-quarter:] or [0]
+        return int(median(early)), int(median(late))
 
-    threading.Thread(target=look, daemon=True).start()
-    yield from _quarters(seen)
 
-
-def _quarters(seen: list[int]) -> Iterator[int]:
-    ordered = seen[len(seen) // 4 :] or [0]  # the first quarter starts things
-    yield sorted(ordered[: max(1, len(ordered) // 3)])[len(ordered) // 6]
-    yield sorted(ordered[-max(1, len(ordered) // 3) :])[len(ordered) // 6]
+def _processes_left(leader: int) -> list[str]:
+    """What is still there of the run's session ten seconds after its end."""
+    deadline = time.monotonic() + 10
+    while (left := session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [f"process {pid}" for pid in left]
 
 
 def _shared_memory() -> set[str]:
