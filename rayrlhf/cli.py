@@ -148,6 +148,21 @@ def bench(
     raise typer.Exit(run_benchmark(name, context.args))
 
 
+@app.command()
+def manifests(
+    values: Annotated[Path, typer.Option("--values", metavar="FILE", help="YAML, such as cluster/values.yaml.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the files go.")],
+    kinds: Annotated[
+        list[str] | None, typer.Argument(help="kuberay, launcher, slurm, docker, monitoring; all if left out")
+    ] = None,
+) -> None:
+    """The files of a cluster, from one set of values: KubeRay, Ray's cluster launcher, Slurm, Docker, monitoring."""
+    from rayrlhf.launch.manifests import write_manifests
+
+    for path in write_manifests(values, output, kinds or ()):
+        Console().print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: errors of ours become one message, never a traceback."""
     error = Console(stderr=True)

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -19,7 +19,9 @@ from rayrlhf.config.root import Config
 from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config"]
+__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config", "load_section"]
+
+S = TypeVar("S", bound=BaseModel)
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
 
@@ -51,6 +53,18 @@ def config_from(
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
+
+
+def load_section(path: Path | str, model: type[S]) -> S:
+    """A YAML file that is no run's config, as strict and with the same messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return model.model_validate(_read_yaml(Path(path)))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), model)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -134,16 +148,16 @@ def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
         data["root"] = root
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    return "\n".join(f"{where}: {_explain_one(dict(item))}" for item in error.errors())
+def _explain(error: ValidationError, where: str, model: type[BaseModel] = Config) -> str:
+    return "\n".join(f"{where}: {_explain_one(dict(item), model)}" for item in error.errors())
 
 
-def _explain_one(item: dict[str, Any]) -> str:
+def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     loc = [str(part) for part in item["loc"]]
     dotted = ".".join(loc) or "config"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=1, cutoff=0.5)
-        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1]))}"
+        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1], model), n=1, cutoff=0.5)
+        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1], model))}"
         return f"{dotted}: unknown key; did you mean {suggestion}?"
     if item["type"] == "missing":
         return f"{dotted}: missing"
@@ -152,17 +166,19 @@ def _explain_one(item: dict[str, Any]) -> str:
         return f"{dotted}: {message}" if loc else message
     found = "null" if item["input"] is None else shown(item["input"])
     if item["type"] == "model_type":  # a value where a section is
-        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc))} in it"
+        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc, model))} in it"
     return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
-def _fields_at(loc: Sequence[str]) -> list[str]:
-    """Names valid in the section that `loc` points at."""
-    model: type[BaseModel] = Config
-    for part in loc:
+def _fields_at(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """Names valid in the section of `model` that `loc` points at."""
+    parts = iter(loc)
+    for part in parts:
         if part not in model.model_fields:
             return []
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:  # sections by names of the user's own
+            next(parts, None)
         candidates = (annotation, *get_args(annotation))
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:

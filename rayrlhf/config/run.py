@@ -54,5 +54,7 @@ class TrackingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """`online` without a login falls back to `offline`, and says so."""
     project: str = "rayrlhf"
+    ray_metrics: bool = False
+    """Offer each record's numbers to Prometheus too, at the metrics endpoint of the driver's Ray node."""
     samples_per_step: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
     """Responses a step written, decoded, to samples.jsonl."""

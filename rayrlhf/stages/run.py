@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rayrlhf.actors.exporter import RayMetrics
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.checkpoint.ledger import LEDGER
 from rayrlhf.config import Config, dump_config
@@ -25,7 +26,7 @@ from rayrlhf.config.secrets import masked
 from rayrlhf.errors import ConfigError, RayRLHFError, Stopped, printable
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
-from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
+from rayrlhf.metrics.sinks import RunSink, Sink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
 from rayrlhf.stages.collect import run_collect
 from rayrlhf.stages.context import StageContext
@@ -156,7 +157,7 @@ class _Run:
 
     def execute(self) -> Path:
         self._prepare_folder()
-        sink = RunSink(self.folder, self._wandb())
+        sink = RunSink(self.folder, self._other_sinks())
         context = StageContext(self.config, self.data, self.folder, sink, self.console, self.resume, self.verify_step)
         summary: dict[str, Any] = {
             "name": self.config.run.name,
@@ -252,12 +253,14 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
 
-    def _wandb(self) -> WandbSink | None:
-        tracking = self.config.tracking
-        if tracking.wandb == "off":
-            return None
-        settings = self.config.model_dump(mode="json")
-        sink = WandbSink(tracking.wandb, tracking.project, self.config.run.name, self.folder, settings)
-        if sink.mode != tracking.wandb:
-            self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
-        return sink
+    def _other_sinks(self) -> list[Sink]:
+        tracking, name, sinks = self.config.tracking, self.config.run.name, list[Sink]()
+        if tracking.wandb != "off":
+            settings = self.config.model_dump(mode="json")
+            wandb = WandbSink(tracking.wandb, tracking.project, name, self.folder, settings)
+            if wandb.mode != tracking.wandb:
+                self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
+            sinks.append(wandb)
+        if tracking.ray_metrics:
+            sinks.append(RayMetrics(name))
+        return sinks

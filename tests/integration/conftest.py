@@ -30,6 +30,7 @@ TINY = [
     "rollout.max_tokens=12",
     # Nobody is logged in here: wandb must fall back to files of its own.
     "tracking.wandb=online",
+    "tracking.ray_metrics=true",
 ]
 
 
