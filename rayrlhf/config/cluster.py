@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section
+from rayrlhf.config.base import NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 
-__all__ = ["ClusterConfig", "RankResources", "RoleName", "RoleResources"]
+__all__ = ["ClusterConfig", "RankResources", "RecoveryConfig", "RoleName", "RoleResources"]
 
 
 class RankResources(Section):
@@ -32,6 +32,12 @@ class RoleResources(RankResources):
 RoleName = Literal["policy", "reference", "reward", "value", "rollout"]
 
 
+class RecoveryConfig(Section):
+    max_restarts: NonNegativeInt = 3
+    """How often a role's actors are started again within a run (for a supervised stage: its workers within the stage)
+    before the run ends."""
+
+
 class ClusterConfig(Section):
     address: str | None = None
     """None starts Ray here; `auto` or `host:port` joins a cluster."""
@@ -52,6 +58,7 @@ class ClusterConfig(Section):
     devices of their own."""
     train: RoleResources = RoleResources(cpus=1, threads=2)
     """Workers of pretrain, sft, reward and dpo."""
+    recovery: RecoveryConfig = RecoveryConfig()
 
     @model_validator(mode="after")
     def _gpus_fit_the_device(self) -> ClusterConfig:

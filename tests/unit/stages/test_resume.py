@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 def resume(folder: Path, *overrides: str) -> None:
     """Check a run with these overrides against the checkpoints that are there."""
     config, inputs = load_inputs(folder, *overrides)
-    check_same(folder / "run", config, inputs)
+    check_same(folder / "run", config, "ppo", inputs)
 
 
 def load_inputs(folder: Path, *overrides: str) -> tuple[Config, dict[str, object]]:
