@@ -71,7 +71,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
 
 def _saves(result: Mapping[str, Any]) -> str:
     """What a supervised stage's checkpoints took of its seconds."""
-    return f" ({result['saves']} saves: {result['save_seconds']:.1f})" if result.get("saves") else ""
+    return f" ({result['saves']} saves: {result['save_seconds']:.2g})" if result.get("saves") else ""
 
 
 # measure -> what it is called; a missing one has no row

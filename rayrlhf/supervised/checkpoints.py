@@ -69,7 +69,7 @@ class TrainingCheckpoints:
         self._before: dict[str, Any] = {}
         state = plan.found.state if plan.found else {}
         self.figures = {"saves": state.get("saves", 0), "save_seconds": state.get("save_seconds", 0.0)}
-        """checkpoints of the stage so far, and what they took; without the one that is being written"""
+        """checkpoints of the stage so far, and what they took"""
 
     def before(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `find` finds of the model before its first step, as JSON; found once, whatever happens after."""
@@ -111,7 +111,7 @@ class TrainingCheckpoints:
         started = perf_counter()
         self._log({"phase": "saving"})
         try:
-            self._write(progress)
+            self._write(progress, started)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"the checkpoint of step {progress.step} cannot be written to {self._plan.store.root}: {error}",
@@ -121,7 +121,7 @@ class TrainingCheckpoints:
         self.figures["save_seconds"] += perf_counter() - started
         self._log({"phase": "training"})
 
-    def _write(self, progress: Progress) -> None:
+    def _write(self, progress: Progress, started: float) -> None:
         plan, rank = self._plan, self._learner.rank
         partial = plan.store.begin(progress.step) if rank == 0 else plan.store.partial(progress.step)
         barrier()
@@ -137,8 +137,15 @@ class TrainingCheckpoints:
         best = self._selection.best if self._selection else {}
         if best:
             shutil.copytree(plan.workspace / MODEL, partial / BEST)
-        state = {"tokens": progress.tokens, "elapsed_s": progress.elapsed_s, "record": dict(progress.record)}
-        plan.store.finish(progress.step, state | {"best": best, **self.figures}, plan.inputs, None)
+        state = {
+            "tokens": progress.tokens,
+            "elapsed_s": progress.elapsed_s,
+            "record": dict(progress.record),
+            "best": best,
+            "saves": self.figures["saves"] + 1,
+            "save_seconds": self.figures["save_seconds"] + perf_counter() - started,
+        }
+        plan.store.finish(progress.step, state, plan.inputs, None)
 
     def _check_all_wrote(self, partial: Path) -> None:
         for rank in range(self._learner.world_size):
