@@ -71,6 +71,8 @@ class Supervision:
         stage, restarts = self._job.stage, 0
         allowed = self._context.config.cluster.recovery.max_restarts
         found = self._newest() if self._context.resume else None
+        if found:
+            self._say(f"{stage}: goes on from step {found.step}")
         with _HeedingSigterm() as request:
             while True:
                 self._put_back(found)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,8 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
-from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
+from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.integration.endings import Started
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -144,35 +142,6 @@ def arguments(finished: FinishedRun, output: Path, name: str, *more: str) -> lis
     ]
 
 
-def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> int:
-    """Start the run and signal its driver once the checkpoint of `step` is there; its exit code."""
-    with subprocess.Popen(
-        [*COMMAND, "ppo", *run], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as process:
-        try:
-            deadline = time.monotonic() + 300
-            while not (folder / "checkpoints" / f"step-{step:06d}").exists():
-                assert process.poll() is None, "the run ended before it could be killed"
-                assert time.monotonic() < deadline, "the run does not get there"
-                time.sleep(0.02)
-            process.send_signal(how)
-            return process.wait(60)
-        finally:
-            process.kill()
-            _end_orphans(process.pid)
-
-
-def _end_orphans(session: int) -> None:
-    """Ray's processes live on without their driver for a while; they are of its session."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, IndexError):
-            continue
-
-
 def learned(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [r for r in records if r["stage"] == "ppo"]
@@ -194,7 +163,10 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
     whole: Path, finished: FinishedRun, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
     run, folder = arguments(finished, tmp_path, "ended"), tmp_path / "ended"
-    assert end_after(2, run, folder, how) == code
+    with Started("ppo", *run) as started:
+        started.wait_for((folder / "checkpoints" / "step-000002").exists)
+        started.process.send_signal(how)
+        assert started.process.wait(60) == code
     assert not (folder / "model").exists()
     done = rayrlhf("ppo", *run, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
