@@ -33,7 +33,7 @@ class StageContext:
     inputs: Mapping[str, Any] = field(default_factory=dict, init=False)
     """All that goes into the stage under way, as its artifact names it."""
     asked_to_end: bool = field(default=False, init=False)
-    """SIGTERM came while a stage was already ending: no other one begins."""
+    """SIGTERM came too late for the stage under way to stop: no other one begins."""
     kept: KeptActors = field(default_factory=KeptActors, init=False)
     """Actors between two stages that sample."""
     _connected: bool = field(default=False, init=False)
