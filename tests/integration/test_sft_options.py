@@ -159,8 +159,8 @@ def test_a_stage_that_lost_a_worker_and_then_its_driver_ends_as_the_one_that_los
         started.wait_for(lambda: at_step(24))
         assert [p.name for p in checkpoints.glob("step-*")] == ["step-000020"], "it is between two checkpoints"
         os.kill(worker_of(folder / "logs" / "sft-1.log"), signal.SIGKILL)
-        started.wait_for(lambda: "sft: worker 1 is gone" in (tmp_path / "printed").read_text())
-        assert "goes on from step 20 (restart 1 of 3)" in (tmp_path / "printed").read_text()
+        # Whichever is heard of first: the end of worker 1, or worker 0's broken connection.
+        started.wait_for(lambda: "goes on from step 20 (restart 1 of 3)" in (tmp_path / "printed").read_text())
         started.wait_for(lambda: at_step(45))
         started.process.kill()
     assert not [*(tmp_path / "artifacts").glob("sft-*")]
