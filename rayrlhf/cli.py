@@ -129,6 +129,14 @@ def report(runs: Runs, output: Output = None) -> None:
     Console().print(f"the report is in {write_report(runs, output)}", highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo", metavar="RUN")]) -> None:
+    """Prove from a run's ledger that each sample was trained on or quarantined exactly once; exit code 1 if not."""
+    from rayrlhf.stages.audit import show_audit
+
+    show_audit(run, Console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

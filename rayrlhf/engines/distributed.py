@@ -13,7 +13,6 @@ __all__ = [
     "Rendezvous",
     "all_reduce_max",
     "all_reduce_sum",
-    "barrier",
     "join_process_group",
     "prepare_process",
     "reduce_means",
@@ -79,12 +78,6 @@ def all_reduce_max(value: float, device: torch.device) -> float:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
-
-
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
 
 
 def reduce_means(sums: Mapping[str, tuple[float, float]], device: torch.device) -> dict[str, float]:

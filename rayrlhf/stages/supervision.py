@@ -4,7 +4,7 @@ when the run is asked to.
     start ──► follow ──► done
       ▲         │
       │         ├─ a worker is gone ──► newest whole checkpoint ─┐
-      └─────────┼────────────────────────────────────────────────┘   at most cluster.recovery.max_restarts times
+      └─────────┼────────────────────────────────────────────────┘   as often as cluster.recovery allows
                 ├─ SIGTERM ──► the workers end their step, save ──► Stopped
                 └─ an error of the work itself ──► raised, once
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, Stopped
 from rayrlhf.metrics.sinks import read_jsonl
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
+from rayrlhf.stages.replacements import Replacements
 from rayrlhf.supervised.checkpoints import RECORDS, CheckpointPlan, put_back
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Supervision", "lost_worker"]
 
+# The workers' name in `cluster`, and so in what is told of losses.
+WHO = "train"
 # What a person sees of a record, and what it is called there.
 SHOWN = {"loss": "loss", "pretrain_loss": "pretrain loss", "learning_rate": "lr"}
 JUDGED = {"heldout_loss": "held-out loss", "reward": "reward"}
@@ -59,22 +62,24 @@ class Supervision:
         self._plan: CheckpointPlan = job.checkpoints
         self._follower = _Follower(self._plan.workspace / RECORDS)
         self._phase, self._step, self._steps = "starting", 0, 0
+        config = context.config.cluster.recovery
+        self._replacements = Replacements(config, context.folder / "recoveries.jsonl", context.console)
+        self._lost_at: float | None = None
 
     def run(self) -> int:
         """Until the stage is done; returns how often its workers were started again.
 
         Raises:
             Stopped: the run was asked to end, and can go on from what is saved.
-            ActorError: workers were lost more often than `cluster.recovery.max_restarts` allows, or do not answer.
+            ActorError: workers were lost more often than `cluster.recovery` allows, or say nothing.
             RayRLHFError: what a worker raised itself.
         """
         stage, restarts = self._job.stage, 0
-        allowed = self._context.config.cluster.recovery.max_restarts
         found = self._newest() if self._context.resume else None
-        if found:
-            self._say(f"{stage}: goes on from step {found.step}")
         with _HeedingSigterm() as request:
             while True:
+                if found:
+                    self._say(f"{stage}: goes on from step {found.step}")
                 self._put_back(found)
                 error = self._follow(self._start(found, restarts), request)
                 self._context.asked_to_end = request.asked
@@ -85,12 +90,22 @@ class Supervision:
                     raise self._explain(error) from None
                 if request.asked:
                     raise self._stopped(f"{lost} while it was asked to end")
-                if restarts == allowed:
-                    raise self._spent(lost, allowed) from None
-                restarts += 1
-                found = self._newest()
-                where = f"step {found.step}" if found else "its beginning: there is no checkpoint"
-                self._say(f"{stage}: {lost}; goes on from {where} (restart {restarts} of {allowed})")
+                self._wait_to_start_again(lost)
+                restarts, found = restarts + 1, self._newest()
+                if found is None:
+                    self._say(f"{stage}: starts anew, there is no checkpoint (checkpoint.training_every)")
+
+    def _wait_to_start_again(self, lost: str) -> None:
+        """
+        Raises:
+            ActorError: that would be once too often.
+        """
+        job, self._lost_at = self._job, monotonic()
+        cause = ActorError(
+            f"{job.stage}: {lost} while {self._phase}, after step {self._step}", f"see {Path(job.logs[0]).parent}"
+        )
+        sleep(self._replacements.lost(WHO, cause))
+        self._replacements.starts(WHO)
 
     def _newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; newer ones are named and set aside."""
@@ -154,14 +169,6 @@ class Supervision:
         there = f"the newest checkpoint is of step {found.step}" if found else "there is no checkpoint of it"
         return Stopped(f"{self._job.stage}: {why}; {there}", "go on with --resume")
 
-    def _spent(self, lost: str, allowed: int) -> ActorError:
-        job = self._job
-        return ActorError(
-            f"{job.stage}: {lost} while {self._phase}, after step {self._step}; cluster.recovery.max_restarts, "
-            f"{allowed}, does not allow another start",
-            f"see {Path(job.logs[0]).parent}; go on with --resume",
-        )
-
     def _explain(self, error: BaseException) -> Exception:
         """A worker's own error if it is one of ours, else where to look."""
         job = self._job
@@ -180,6 +187,9 @@ class Supervision:
         if "phase" in record:
             self._phase = record["phase"]
             self._progress.phase(self._phase)
+            if self._phase == "training" and self._lost_at is not None:
+                self._replacements.is_back(WHO, monotonic() - self._lost_at)
+                self._lost_at = None
             return
         stage, self._step, self._steps = self._job.stage, record["step"], record["steps"]
         self._context.sink.write({"stage": stage, **record})

@@ -22,13 +22,14 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from rayrlhf.engines.deepspeed import Learner
-from rayrlhf.engines.distributed import all_reduce_max, barrier
+from rayrlhf.engines.distributed import all_reduce_max
 from rayrlhf.engines.state import load_state, save_state
 from rayrlhf.errors import CheckpointError, Stopped
 from rayrlhf.supervised.loop import Log, Progress
@@ -124,11 +125,11 @@ class TrainingCheckpoints:
     def _write(self, progress: Progress, started: float) -> None:
         plan, rank = self._plan, self._learner.rank
         partial = plan.store.begin(progress.step) if rank == 0 else plan.store.partial(progress.step)
-        barrier()
+        _wait_for_all()
         save_state(self._learner, partial / "state")
         self._random(partial).parent.mkdir(exist_ok=True)
         save_file(_random_states(self._learner.device), self._random(partial))
-        barrier()
+        _wait_for_all()
         if rank:
             return
         self._check_all_wrote(partial)
@@ -170,6 +171,11 @@ def put_back(found: Checkpoint | None, workspace: Path) -> None:
         if (found.folder / BEST).is_dir():
             shutil.copytree(found.folder / BEST, workspace / MODEL)
     os.replace(fresh, workspace / RECORDS)  # not written in place: a worker that is on its way out may still hold it
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

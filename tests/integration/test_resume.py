@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
-from tests.integration.conftest import FinishedRun, rayrlhf
-from tests.integration.endings import Started
+from tests.faults import end_session
+from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -142,11 +144,35 @@ def arguments(finished: FinishedRun, output: Path, name: str, *more: str) -> lis
     ]
 
 
+def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> int:
+    """Start the run and signal its driver once the checkpoint of `step` is there; its exit code."""
+    with subprocess.Popen(
+        [*COMMAND, "ppo", *run], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 300
+            while not (folder / "checkpoints" / f"step-{step:06d}").exists():
+                assert process.poll() is None, "the run ended before it could be killed"
+                assert time.monotonic() < deadline, "the run does not get there"
+                time.sleep(0.02)
+            process.send_signal(how)
+            return process.wait(60)
+        finally:
+            process.kill()
+            end_session(process.pid)
+
+
 def learned(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = [r for r in records if r["stage"] == "ppo"]
     unmeasured = ("weights/publish_s", "weights/gib_per_s", *(f"weights/{p}_s" for p in PUBLISH_PARTS))
     return [{k: v for k, v in r.items() if not k.startswith(MEASURED) and k not in unmeasured} for r in kept]
+
+
+def steps_of(folder: Path) -> dict[int, Any]:
+    """What the ledger says that each step learned from: its last word on it."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return {line["step"]: line["trained"] for line in lines if line["event"] == "step"}
 
 
 @pytest.fixture(scope="module")
@@ -163,16 +189,18 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
     whole: Path, finished: FinishedRun, tmp_path: Path, how: signal.Signals, code: int
 ) -> None:
     run, folder = arguments(finished, tmp_path, "ended"), tmp_path / "ended"
-    with Started("ppo", *run) as started:
-        started.wait_for((folder / "checkpoints" / "step-000002").exists)
-        started.process.send_signal(how)
-        assert started.process.wait(60) == code
+    assert end_after(2, run, folder, how) == code
     assert not (folder / "model").exists()
     done = rayrlhf("ppo", *run, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
     assert learned(folder) == learned(whole)
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert steps_of(folder) == steps_of(whole)
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert "every sample is accounted for exactly once" in audit.stdout
+    assert (folder / "ledger.jsonl").read_text().count('"event":"rollback"') == 1
     for model in ("model", "model_ema"):
         mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
         assert all(torch.equal(mine[name], other[name]) for name in other)
@@ -186,3 +214,7 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(finished: FinishedR
     longer = rayrlhf("ppo", *run, f"ppo.steps={STEPS + 1}", "--resume")
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert [record["step"] for record in learned(whole)] == [1, 2, 3, 4, 5]
+    assert list(steps_of(whole)) == [1, 2, 3, 4, 5]
+    assert rayrlhf("audit", str(whole)).returncode == 0
+    artifacts = (whole.parent / "artifacts").glob("ppo-*")
+    assert sorted(len(steps_of(artifact)) for artifact in artifacts) == [4, 5]

@@ -17,8 +17,8 @@ from rayrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from rayrlhf.config.training import PretrainMixConfig, SelectConfig
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
+from tests.faults import started, wait_until
 from tests.integration.conftest import DPO, FinishedRun, rayrlhf
-from tests.integration.endings import Started
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -86,7 +86,7 @@ def job_of(folder: Path, name: str, found: Checkpoint | None) -> Any:
 
 
 def train_from_every_step(rank: int, world: int, port: int, given: str) -> None:
-    from rayrlhf.engines.distributed import Rendezvous, barrier, join_process_group
+    from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.stages import language
     from rayrlhf.supervised.checkpoints import put_back
 
@@ -98,7 +98,7 @@ def train_from_every_step(rank: int, world: int, port: int, given: str) -> None:
         if rank == 0:
             (folder / name).mkdir()
             put_back(found, folder / name)
-        barrier()
+        torch.distributed.barrier()
         result = language._train_language_model(job_of(folder, name, found))
         if rank == 0:
             (folder / name / "result.json").write_text(json.dumps(result), encoding="utf-8")
@@ -108,7 +108,7 @@ def train_from_every_step(rank: int, world: int, port: int, given: str) -> None:
         there = folder / "checkpoints" / f"step-{step:06d}"
         manifest = json.loads((there / "manifest.json").read_text())
         run(f"from-{step}", Checkpoint(there, step, manifest["state"], manifest["inputs"]))
-    barrier()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -159,14 +159,14 @@ def test_reward_and_dpo_that_were_ended_are_those_that_were_not(
         files = [*(tmp_path / "artifacts").glob(".dpo-*.partial/metrics.jsonl")]
         return any('"step": 2,' in file.read_text() for file in files)
 
-    with Started("run", *run) as started:
-        started.wait_for((folder / "checkpoints" / "training" / "reward" / "step-000021").exists)
-        started.process.kill()
+    with started(["run", *run], tmp_path / "first") as process:
+        wait_until((folder / "checkpoints" / "training" / "reward" / "step-000021").exists, process)
+        process.kill()
     assert not [*(tmp_path / "artifacts").glob("reward-*")]
-    with Started("run", *run, "--resume", output=tmp_path / "printed") as started:
-        started.wait_for(dpo_at_step_2)
-        started.process.terminate()
-        assert started.process.wait(30) == 143
+    with started(["run", *run, "--resume"], tmp_path / "printed") as process:
+        wait_until(dpo_at_step_2, process)
+        process.terminate()
+        assert process.wait(30) == 143
     printed = " ".join((tmp_path / "printed").read_text().split())
     assert "reward: goes on from step" in printed
     assert "Stopped: dpo: stopped after step" in printed

@@ -21,8 +21,8 @@ from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.prompts import LMExample, tokenize_demonstrations
 from rayrlhf.data.readers import read_demonstrations
 from rayrlhf.data.split import split_by_prompt
+from tests.faults import recoveries, started, wait_until, writer_of
 from tests.integration.conftest import FinishedRun, rayrlhf
-from tests.integration.endings import Started, worker_of
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
@@ -155,14 +155,14 @@ def test_a_stage_that_lost_a_worker_and_then_its_driver_ends_as_the_one_that_los
         files = [*(tmp_path / "artifacts").glob(".sft-*.partial/metrics.jsonl")]
         return any(f'"step": {step},' in file.read_text() for file in files)
 
-    with Started("sft", *arguments, output=tmp_path / "printed") as started:
-        started.wait_for(lambda: at_step(24))
+    with started(["sft", *arguments], tmp_path / "printed") as run:
+        wait_until(lambda: at_step(24), run)
         assert [p.name for p in checkpoints.glob("step-*")] == ["step-000020"], "it is between two checkpoints"
-        os.kill(worker_of(folder / "logs" / "sft-1.log"), signal.SIGKILL)
-        # Whichever is heard of first: the end of worker 1, or worker 0's broken connection.
-        started.wait_for(lambda: "goes on from step 20 (restart 1 of 3)" in (tmp_path / "printed").read_text())
-        started.wait_for(lambda: at_step(45))
-        started.process.kill()
+        os.kill(writer_of(folder / "logs" / "sft-1.log"), signal.SIGKILL)
+        wait_until(lambda: [r["event"] for r in recoveries(folder)] == ["lost", "replaced"], run)
+        assert "sft: goes on from step 20" in (tmp_path / "printed").read_text()
+        wait_until(lambda: at_step(45), run)
+        run.kill()
     assert not [*(tmp_path / "artifacts").glob("sft-*")]
     done = rayrlhf("sft", *arguments, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr

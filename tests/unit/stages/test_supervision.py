@@ -75,9 +75,10 @@ class Stage:
         self.folder, self.said = folder, StringIO()
         self.store = CheckpointStore(folder / "checkpoints")
         (folder / "workspace").mkdir()
-        config = load_config(TINY, [f"cluster.recovery.max_restarts={max_restarts}"])
+        config = load_config(TINY, [f"cluster.recovery={{max_restarts: {max_restarts}, backoff_s: 0}}"])
         self.context = SimpleNamespace(
             config=config,
+            folder=folder,
             console=Console(file=self.said, width=200),
             sink=RunSink(folder, None),
             resume=resume,
@@ -126,14 +127,19 @@ def ends(stage: Stage, found: Checkpoint | None) -> None:
     stage.steps((found.step if found else 0) + 1, 6)
 
 
-@pytest.mark.parametrize(("saving", "words"), [(True, "step 4"), (False, "its beginning: there is no checkpoint")])
+@pytest.mark.parametrize(
+    ("saving", "words"), [(True, "sft: goes on from step 4"), (False, "sft: starts anew, there is no checkpoint")]
+)
 def test_after_a_loss_it_goes_on_from_the_newest_checkpoint_and_tells_each_step_once(
     tmp_path: Path, saving: bool, words: str
 ) -> None:
     stage = Stage(tmp_path)
     assert stage.supervise(dies_after(5, saving), ends) == 1
     assert stage.told() == [1, 2, 3, 4, 5, 6]
-    assert f"sft: worker 1 is gone; goes on from {words} (restart 1 of 2)" in stage.said.getvalue()
+    assert words in stage.said.getvalue()
+    told = read_jsonl(tmp_path / "recoveries.jsonl")
+    assert [(r["who"], r["event"]) for r in told] == [("train", "lost"), ("train", "replaced")]
+    assert told[0]["cause"] == "sft: worker 1 is gone while training, after step 5"
 
 
 def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
@@ -154,10 +160,10 @@ def test_the_budget_of_restarts_ends_the_run_with_cause_place_and_log(tmp_path: 
     with pytest.raises(ActorError) as spent:
         stage.supervise(dies_after(3), dies_after(5))
     assert spent.value.message == (
-        "sft: worker 1 is gone while training, after step 5; cluster.recovery.max_restarts, 1, does not allow another "
-        "start"
+        "train was lost 2 times within 3600 s, and cluster.recovery.max_restarts is 1; the last time: "
+        "sft: worker 1 is gone while training, after step 5"
     )
-    assert spent.value.hint == f"see {tmp_path}/logs; go on with --resume"
+    assert spent.value.hint == f"see {tmp_path}/logs; mend the cause, then go on with --resume"
 
 
 def test_work_that_failed_is_not_started_again(tmp_path: Path) -> None:
