@@ -30,20 +30,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def drop(self, which: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Take these records out again."""
-        records = read_jsonl(self._path)
-        kept = [record for record in records if not which(record)]
-        if len(kept) == len(records):
-            return
-        fresh = self._path.with_name(f".{self._path.name}")
-        fresh.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
-        self._file.close()
-        os.replace(fresh, self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(to_json(record) + "\n")
@@ -72,7 +59,6 @@ class WandbSink:
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
             mode = "offline"
         self.mode = mode
-        self._sent: set[tuple[Any, ...]] = set()
         os.environ.setdefault("WANDB_SILENT", "true")
         self._run = wandb.init(
             project=project,
@@ -84,10 +70,6 @@ class WandbSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         stage = record.get("stage", "")
-        which = (stage, record.get("arm"), record.get("step"), *record)
-        if which in self._sent:  # a step that is done again
-            return
-        self._sent.add(which)
         numbers = {f"{stage}/{k}": v for k, v in record.items() if isinstance(v, int | float)}
         self._run.log(numbers)
 
@@ -107,10 +89,6 @@ class RunSink:
         self._metrics.write(record)
         if self._wandb:
             self._wandb.write(record)
-
-    def take_back(self, stage: str) -> None:
-        """A stage's records so far: it begins again, or goes on from an earlier step. (wandb has no way back.)"""
-        self._metrics.drop(lambda record: record["stage"] == stage)
 
     def write_sample(self, record: Mapping[str, Any]) -> None:
         self._samples.write(record)

@@ -121,7 +121,7 @@ class Supervision:
         put_back(found, self._plan.workspace)
         self._plan.stop.unlink(missing_ok=True)
         stage = self._job.stage
-        self._context.sink.take_back(stage)
+        self._context.sink.keep(lambda record: record.get("stage") != stage)
         for record in read_jsonl(self._follower.path):
             if "step" in record:
                 self._context.sink.write({"stage": stage, **record})

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults import recoveries, send_within, started, wait_until
-from tests.integration.conftest import FinishedRun
+from tests.integration.conftest import FinishedRun, rayrlhf
 from tests.integration.test_resume import arguments, learned, whole
 
 __all__ = ["whole"]
@@ -43,6 +43,8 @@ def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
     assert {who: f"failed in {method}" in lost[who] for _, method, who in DEATHS} == dict.fromkeys(lost, True)
     assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
     assert learned(folder) == learned(whole)
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
     for model in ("model", "model_ema"):
         mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
         assert all(torch.equal(mine[name], other[name]) for name in other)

@@ -2,13 +2,11 @@
 
 import json
 import math
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rayrlhf.metrics.sinks import JsonLines, RunSink, WandbSink, read_jsonl, to_json
+from rayrlhf.metrics.sinks import JsonLines, RunSink, read_jsonl, to_json
 
 
 def strict(text: str) -> dict:
@@ -99,26 +97,12 @@ def test_a_response_with_a_unicode_line_separator_is_read_back_whole(tmp_path, s
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"response": f"one{separator}two"}]
 
 
-def test_a_stages_records_can_be_taken_back_and_writing_goes_on_after_the_others(tmp_path):
-    sink = RunSink(tmp_path, None)
-    for stage, step in (("pretrain", 1), ("sft", 1), ("sft", 2)):
-        sink.write({"stage": stage, "step": step, "loss": 0.1 + 0.2})
-    sink.take_back("sft")
-    sink.write({"stage": "sft", "step": 1, "loss": 0.5})
-    sink.close()
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [
-        {"stage": "pretrain", "step": 1, "loss": 0.1 + 0.2},
-        {"stage": "sft", "step": 1, "loss": 0.5},
-    ]
-    assert [p.name for p in tmp_path.glob("*metrics*")] == ["metrics.jsonl"]
-
-
-def test_wandb_hears_of_a_step_that_is_done_again_once(tmp_path, monkeypatch):
-    logged = []
-    run = SimpleNamespace(log=logged.append, finish=lambda: None)
-    wandb = SimpleNamespace(init=lambda **settings: run, api=SimpleNamespace(api_key=None))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    sink = WandbSink("offline", "project", "name", tmp_path, {})
-    for record in ({"step": 1, "loss": 0.5}, {"step": 1, "heldout_loss": 0.7}, {"step": 1, "loss": 0.4}):
-        sink.write({"stage": "sft", **record})
-    assert logged == [{"sft/step": 1, "sft/loss": 0.5}, {"sft/step": 1, "sft/heldout_loss": 0.7}]
+def test_records_that_are_taken_back_are_gone_and_later_ones_follow(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    file.keep(lambda record: record["step"] <= 1)
+    file.write({"step": 2, "again": True})
+    file.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2, "again": True}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
