@@ -88,7 +88,7 @@ def writer_of(log: Path) -> int:
     raise AssertionError(f"no process writes {log}")
 
 
-def send_within(driver: int, name: str, method: str, how: signal.Signals, timeout_s: float = 120) -> int:
+def send_within(driver: int, name: str, method: str, how: signal.Signals, timeout_s: float = 300) -> int:
     """Send the signal while the actor is in the method, as its own process says just before; returns its number."""
     deadline = time.monotonic() + timeout_s
     title = f"ray::{name}.{method}".encode()
@@ -109,7 +109,7 @@ def recoveries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_until(true: Callable[[], Any], process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
+def wait_until(true: Callable[[], Any], process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
     """Of a run that goes on meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not true():
