@@ -50,8 +50,9 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the interrupted run of this name: finished stages are taken as they are, PPO from its newest "
-        "whole checkpoint (checkpoint.every). Settings that change what is learned must be as they were.",
+        help="Go on with the interrupted run of this name: finished stages are taken as they are, the one under way "
+        "from its newest whole checkpoint (checkpoint.every of PPO, checkpoint.training_every of pretrain, sft, reward "
+        "and dpo). Settings that change what is learned must be as they were.",
     ),
 ]
 
@@ -77,27 +78,27 @@ def run(
 
 
 @app.command()
-def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A causal LM from scratch on plain text, with its tokenizer."""
-    _run_one("pretrain", config, overrides, dry_run)
+    _run_one("pretrain", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """Supervised fine-tuning on demonstrations."""
-    _run_one("sft", config, overrides, dry_run)
+    _run_one("sft", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A reward model from rankings."""
-    _run_one("reward", config, overrides, dry_run)
+    _run_one("reward", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """The baseline: direct preference optimisation of the SFT model on the rankings."""
-    _run_one("dpo", config, overrides, dry_run)
+    _run_one("dpo", config, overrides, dry_run, resume=resume)
 
 
 @app.command()

@@ -15,7 +15,17 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "actor", "end_session", "recoveries", "send_within", "session", "started", "wait_until"]
+__all__ = [
+    "ROOT",
+    "actor",
+    "end_session",
+    "recoveries",
+    "send_within",
+    "session",
+    "started",
+    "wait_until",
+    "writer_of",
+]
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +77,15 @@ def actor(driver: int, name: str) -> psutil.Process | None:
                 if child.cmdline()[0].startswith(f"ray::{name}"):
                     return child
     return None
+
+
+def writer_of(log: Path) -> int:
+    """The process whose output goes into this file, as each actor's does."""
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):
+            if os.readlink(link) == str(log):
+                return int(link.parts[2])
+    raise AssertionError(f"no process writes {log}")
 
 
 def send_within(driver: int, name: str, method: str, how: signal.Signals, timeout_s: float = 300) -> int:

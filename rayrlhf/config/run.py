@@ -44,10 +44,13 @@ class RunConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegativeInt = 0
     """PPO steps between checkpoints, from which `--resume` goes on; 0 saves only the models that the run ends with."""
+    training_every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints of a supervised stage (pretrain, sft, reward, dpo), from which `--resume` and
+    a worker that was lost go on; 0 saves none. They are let go once the stage is done."""
     keep: PositiveInt = 2
-    """How many of the newest stay on disk."""
+    """How many of the newest stay on disk, of PPO and of a supervised stage each."""
     keep_best: NonNegativeInt = 0
-    """Beside them so many of those whose step had the highest mean reward."""
+    """Beside them so many of those whose PPO step had the highest mean reward."""
 
 
 class TrackingConfig(Section):
