@@ -80,7 +80,7 @@ class Stage:
             config=config,
             folder=folder,
             console=Console(file=self.said, width=200),
-            sink=RunSink(folder, None),
+            sink=RunSink(folder),
             resume=resume,
             asked_to_end=False,
         )
