@@ -194,9 +194,9 @@ def ready_models(output: Path) -> tuple[str, str]:
     return stages_of["sft"]["model"], stages_of["reward"]["model"]
 
 
-def ppo_command(sft: str, reward: str, output: Path, name: str, steps: int, seed: int) -> list[str]:
+def ppo_command(sft: str, reward: str, folder: Path, steps: int, seed: int) -> list[str]:
     return [
-        *("ppo", "configs/tiny.yaml", f"run.name={name}", f"run.output={output}", f"run.seed={seed}"),
+        *("ppo", "configs/tiny.yaml", f"run.name={folder.name}", f"run.output={folder.parent}", f"run.seed={seed}"),
         *(f"model={{path: {sft}}}", f"sft.path={sft}", f"reward.path={reward}"),
         *(f"ppo.steps={steps}", "ppo.batch_size=16", "ppo.minibatch_size=8", "ppo.learning_rate=1e-4"),
         *("rollout.max_tokens=12", "run.deterministic=true", "checkpoint.every=1", "ppo.ptx.coef=0.5"),
@@ -211,15 +211,12 @@ def main(steps: int = 200, seeds: str = "0,1,2", every: int = 5, output: Path = 
     table = Table("seed", "faults", "reward, at peace", "reward, with faults", "differs", "files", "left over")
     rows = []
     for seed in map(int, seeds.split(",")):
-        quiet = ppo_command(sft, reward, output, f"quiet-{seed}", steps, seed)
-        with started(quiet, output / f"quiet-{seed}.log") as process:
+        # Outputs of their own: the same run in the same place would be done already.
+        one, other = output / "peace" / f"seed-{seed}", output / "faults" / f"seed-{seed}"
+        with started(ppo_command(sft, reward, one, steps, seed), output / f"peace-{seed}.log") as process:
             assert process.wait(3600) == 0
-        faulty = ppo_command(sft, reward, output, f"faulty-{seed}", steps, seed)
-        report = soak(faulty, output / f"faulty-{seed}", steps, every, seed, output / f"faulty-{seed}.log")
-        audit = subprocess.run(
-            [sys.executable, "-m", "rayrlhf.cli", "audit", str(output / f"faulty-{seed}")], check=False
-        )
-        one, other = output / f"quiet-{seed}", output / f"faulty-{seed}"
+        report = soak(ppo_command(sft, reward, other, steps, seed), other, steps, every, seed, output / f"{seed}.log")
+        audit = subprocess.run([sys.executable, "-m", "rayrlhf.cli", "audit", str(other)], check=False)
         rewards = [records(folder)[-1]["reward/mean"] for folder in (one, other)]
         differences = same_numbers(one, other)
         table.add_row(
