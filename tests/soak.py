@@ -50,7 +50,10 @@ SMALL = (
     "sft.epochs=1",
 )
 # Faults follow each other as they never do: the budget is not what is tried here.
-PATIENT = ("cluster.recovery.max_restarts=1000", "cluster.recovery.window_s=1", "cluster.recovery.hang_floor_s=4")
+PATIENT = (
+    *("cluster.recovery.max_restarts=1000", "cluster.recovery.window_s=1", "cluster.recovery.hang_floor_s=4"),
+    "cluster.call_timeout_s=60",
+)
 # Of a record: what says how fast and how large, and differs from run to run.
 MEASURED = ("time/", "throughput/", "memory/", "rollout/seconds", "rollout/tail_share", "weights/")
 
@@ -102,7 +105,7 @@ def soak(command: Sequence[str], folder: Path, steps: int, every: int, seed: int
 
 def _schedule(rng: random.Random, steps: int, every: int) -> Iterator[Fault]:
     """The driver dies too, once in a while."""
-    at = 1
+    at = 2
     while at < steps - 1:
         if rng.random() < 0.1:
             yield at, (DRIVER, "any"), signal.SIGKILL
