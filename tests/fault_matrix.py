@@ -189,7 +189,7 @@ def run_case(case: Case, command: list[str], folder: Path, quiet: Path, log: Pat
 def node_case(fault: str, sft: str, reward: str, output: Path, quiet: Path) -> dict[str, Any]:
     """The engine's node goes, and a spare one joins."""
     name = f"node-{fault.replace(' ', '-')}"
-    folder = output / "faults" / name
+    folder = output / name / "run"  # where the same run has not been done yet
     with two_hosts(output) as hosts:
         command = [
             *ppo_command(sft, reward, folder, STEPS, 0),
@@ -220,7 +220,7 @@ def _lose_node(hosts: Hosts, process: subprocess.Popen[bytes], folder: Path, qui
     else:
         hosts.cut()
     hosts.start_spare({"host_b": 1})
-    assert process.wait(400) == 0, (folder.parents[1] / f"{folder.name}.log").read_text()[-2000:]
+    assert process.wait(400) == 0, (folder.parents[1] / f"{folder.parent.name}.log").read_text()[-2000:]
     happened = recoveries(folder)
     differences = same_numbers(quiet, folder)
     assert not differences, differences[:3]
@@ -251,11 +251,11 @@ def main(only: str = "", output: Path = Path("runs/faults"), again: bool = False
     todo: list[tuple[str, tuple[str, str, str], Callable[[], dict[str, Any]]]] = []
     for case in CASES:
         name = case.name.replace(" ", "-")
-        folder = output / "faults" / name
+        folder = output / name / "run"  # where the same run has not been done yet
         command = [*ppo_command(sft, reward, folder, STEPS, 0), *SHAPES[case.shape]]
 
         def run(case: Case = case, command: list[str] = command, folder: Path = folder) -> dict[str, Any]:
-            return run_case(case, command, folder, in_peace(case.shape), output / f"{folder.name}.log")
+            return run_case(case, command, folder, in_peace(case.shape), output / f"{folder.parent.name}.log")
 
         todo.append((case.name, (case.role, case.fault, case.phase), run))
     for fault in ("killed", "link lost"):
