@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
@@ -62,6 +63,8 @@ def _knock(address: str) -> None:
 
 def _ray_init(config: Config, local: bool, cpus: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    if local:
+        _stay_on_loopback()
     ray.init(
         address="local" if local else config.cluster.address,  # None would join any cluster that runs on this machine
         namespace=f"rayrlhf-{config.run.name}",
@@ -74,6 +77,12 @@ def _ray_init(config: Config, local: bool, cpus: int) -> None:
     )
     with suppress(ValueError):  # Ray has put its own there, which exits with 15; signals reach the main thread alone
         signal.signal(signal.SIGTERM, before)
+
+
+def _stay_on_loopback() -> None:
+    """A Ray of our own has one node: it does as on systems where Ray makes no clusters, and listens to nobody else."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for Ray's own processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
 
 
 def disconnect() -> None:
