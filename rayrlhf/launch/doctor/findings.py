@@ -69,7 +69,9 @@ def over_nodes(
     status: Status = max((v.status for v in verdicts.values()), key=SEVERITY.index, default=SEVERITY[0])
     told = {node: v for node, v in verdicts.items() if status in ("pass", "skipped") or v.status in ("warn", "fail")}
     cures = dict.fromkeys(v.cure for v in told.values() if v.cure and v.status == status)
-    return Finding(name, status, _told(told, len(verdicts)), "; ".join(cures), figures or {})
+    alone = len(verdicts) == 1 and not answers.failed
+    found = next(iter(verdicts.values())).found if alone else _told(told, len(verdicts))
+    return Finding(name, status, found, "; ".join(cures), figures or {})
 
 
 def _told(verdicts: Mapping[str, Verdict], nodes: int) -> str:
@@ -78,8 +80,6 @@ def _told(verdicts: Mapping[str, Verdict], nodes: int) -> str:
         groups.setdefault(verdict.found, []).append(node)
     if len(groups) == 1 and len(verdicts) == nodes > 1:
         return f"all {nodes} nodes: {next(iter(groups))}"
-    if nodes == 1:
-        return next(iter(groups), "")
     lines = [f"{_listed(names)}: {found}" for found, names in groups.items()]
     more = [f"and {len(lines) - TOLD} more"] if len(lines) > TOLD else []
     return "; ".join([*lines[:TOLD], *more])

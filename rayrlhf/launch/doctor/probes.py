@@ -50,6 +50,7 @@ def measure_storage(output: str) -> Storage:
     """Write a file where runs go, and take it away again."""
     folder = nearest_folder(output)
     try:
+        leave_file(output, "x").unlink()
         free = shutil.disk_usage(folder).free / 2**30
         if free * 1024 < 2 * WRITTEN_MIB:
             return Storage(str(folder), "", free)
