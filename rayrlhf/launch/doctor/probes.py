@@ -18,7 +18,15 @@ from rayrlhf.errors import DataError
 from rayrlhf.launch.doctor.facts import GPU, Inputs, Machine, Place, Storage, Wanted
 from rayrlhf.launch.supported import installed_versions, twins
 
-__all__ = ["leave_file", "look_for_file", "measure_inputs", "measure_machine", "measure_storage", "nearest_folder"]
+__all__ = [
+    "leave_file",
+    "look_for_file",
+    "measure_inputs",
+    "measure_machine",
+    "measure_storage",
+    "nearest_folder",
+    "remove_file",
+]
 
 SHM = "/dev/shm"
 WRITTEN_MIB = 64
@@ -50,7 +58,7 @@ def measure_storage(output: str) -> Storage:
     """Write a file where runs go, and take it away again."""
     folder = nearest_folder(output)
     try:
-        leave_file(output, "x").unlink()
+        remove_file(leave_file(output, "x"))
         free = shutil.disk_usage(folder).free / 2**30
         if free * 1024 < 2 * WRITTEN_MIB:
             return Storage(str(folder), "", free)
@@ -71,14 +79,18 @@ def measure_inputs(wanted: Wanted) -> Inputs:
     return Inputs(models, tuple(_on_hub(key, name, "dataset") for key, name in hub))
 
 
-def leave_file(output: str, text: str) -> Path:
-    """A new file where runs go; OSError where none can be written."""
+def leave_file(output: str, text: str) -> str:
+    """The path of a new file where runs go; OSError where none can be written."""
     descriptor, name = tempfile.mkstemp(prefix=".rayrlhf-doctor-", dir=nearest_folder(output))
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return Path(name)
+    return name
+
+
+def remove_file(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
 
 
 def look_for_file(path: str, text: str) -> str:

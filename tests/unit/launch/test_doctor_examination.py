@@ -112,7 +112,10 @@ class Cluster:
         self.asked.append((function.__name__, [node.name for node in nodes]))
         if function is probes.measure_machine:
             return self.machines
-        return Answers({node.name: function(*arguments) for node in nodes})
+        try:
+            return Answers({node.name: function(*arguments) for node in nodes})
+        except OSError as error:
+            return Answers({}, {node.name: str(error) for node in nodes})
 
     def _outposts(self, nodes: list[Node]) -> Any:
         return SimpleNamespace(

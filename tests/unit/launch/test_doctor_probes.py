@@ -57,11 +57,11 @@ def test_a_full_disk_is_not_written_to(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_file_is_seen_as_it_was_written_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "SEEN_S", 0.0)
-    path = probes.leave_file(str(tmp_path / "runs"), "mark")
+    path = Path(probes.leave_file(str(tmp_path / "runs"), "mark"))
     assert path.parent == tmp_path
     assert probes.look_for_file(str(path), "mark") == ""
     assert probes.look_for_file(str(path), "other") == "another one"
-    path.unlink()
+    probes.remove_file(str(path))
     assert probes.look_for_file(str(path), "mark") == "not there"
     assert probes.look_for_file(str(tmp_path), "mark") == "not readable (Is a directory)"
 
