@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,6 +19,7 @@ import ray
 from rayrlhf.actors.cluster import disconnect, join
 from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import ResourceError
 from rayrlhf.launch.doctor import checks, probes, wiring
 from rayrlhf.launch.doctor.asking import ask, list_nodes, named
@@ -49,6 +51,11 @@ def examine(config: Config | None, address: str | None, quick: bool, doing: Call
     """
     address = address or (config.cluster.address if config else None)
     doing("joining Ray" if address else "starting Ray")
+    # Errors of others are among what is found.
+    return [replace(f, found=masked(f.found), cure=masked(f.cure)) for f in _examine(config, address, quick, doing)]
+
+
+def _examine(config: Config | None, address: str | None, quick: bool, doing: Callable[[str], None]) -> list[Finding]:
     try:
         join(address, f"rayrlhf-doctor-{os.getpid()}", _cpus(config))
     except Exception as error:  # another version of Ray or Python there, a refused token, ...

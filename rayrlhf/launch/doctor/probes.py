@@ -14,9 +14,10 @@ from pathlib import Path
 from time import perf_counter
 
 from rayrlhf.data.sources import check_sources, hub_names
-from rayrlhf.errors import DataError
+from rayrlhf.errors import DataError, ModelError
 from rayrlhf.launch.doctor.facts import GPU, Inputs, Machine, Place, Storage, Wanted
 from rayrlhf.launch.supported import installed_versions, twins
+from rayrlhf.models.folder import check_weights
 
 __all__ = [
     "leave_file",
@@ -168,8 +169,10 @@ def _model(key: str, name: str) -> Place:
         return Place(key, name, problem="the folder cannot be read")
     if not (folder / "config.json").is_file():
         return Place(key, name, problem="the folder has no config.json")
-    if not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
-        return Place(key, name, problem="the folder has no weights")
+    try:
+        check_weights(name)
+    except ModelError as error:
+        return Place(key, name, problem=error.message)
     return Place(key, name, "folder")
 
 

@@ -199,6 +199,11 @@ def test_resources_that_the_cluster_lacks_fail(cluster: Cluster, tmp_path: Path)
     assert "asks for 100 CPUs, the cluster has 8" in found["resources"].found
 
 
+def test_a_secret_in_what_was_found_is_masked(cluster: Cluster) -> None:
+    cluster.machines = Answers({"a": FINE}, {"b": "ProxyError: https://me:letmein@proxy refused"})
+    assert examine(None)["nodes"].found == "b: ProxyError: https://me:***@proxy refused"
+
+
 def test_an_engine_that_does_not_start_leaves_the_publish_out(cluster: Cluster) -> None:
     cluster.started, cluster.published = Started(0.0, "cpu", "on a: the actor died", "see the logs"), None
     found = examine(None)

@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from rayrlhf.config import Config, config_from
 from rayrlhf.launch.doctor import probes
@@ -74,14 +76,15 @@ def model(folder: Path, *files: str) -> str:
 
 
 def test_models_are_found_or_said_what_is_missing(tmp_path: Path) -> None:
-    whole = model(tmp_path / "whole", "config.json", "model.safetensors")
+    whole = model(tmp_path / "whole", "config.json")
+    save_file({"w": np.zeros(1)}, Path(whole) / "model.safetensors")
     bare, no_weights = model(tmp_path / "bare"), model(tmp_path / "no-weights", "config.json")
     asked = {"a": whole, "b": bare, "c": no_weights, "d": str(tmp_path / "none")}
     found = {p.key: p.where or p.problem for p in probes.measure_inputs(Wanted("", models=asked)).models}
     assert found == {
         "a": "folder",
         "b": "the folder has no config.json",
-        "c": "the folder has no weights",
+        "c": f"{no_weights}: holds no weights (model.safetensors, or model.safetensors.index.json and its shards)",
         "d": "no such folder",
     }
 
