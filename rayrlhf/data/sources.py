@@ -23,16 +23,7 @@ from typing import IO, Any, cast
 
 from rayrlhf.errors import DataError
 
-__all__ = [
-    "DOCUMENT_SEPARATOR",
-    "Row",
-    "check_sources",
-    "documents",
-    "fingerprint_sources",
-    "hub_names",
-    "is_text",
-    "rows",
-]
+__all__ = ["DOCUMENT_SEPARATOR", "Row", "check_sources", "documents", "fingerprint_sources", "is_text", "rows"]
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -80,11 +71,6 @@ def check_sources(sources: Mapping[str, Sequence[str]], root: Path | None) -> No
     if problems:
         hint = "relative file names start from data.root, else the environment's RAYRLHF_HUMAN_DATA, else from here"
         raise DataError("\n".join(problems), hint)
-
-
-def hub_names(sources: Sequence[str], root: Path | None) -> list[str]:
-    """Those that are no files. DataError as `check_sources`."""
-    return [source for source in sources if _locate(source, root) is None]
 
 
 def fingerprint_sources(sources: Sequence[str], root: Path | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from time import perf_counter
 
-from rayrlhf.data.sources import check_sources, hub_names
+from rayrlhf.data.sources import check_sources
 from rayrlhf.errors import DataError, ModelError
 from rayrlhf.launch.doctor.facts import GPU, Inputs, Machine, Place, Storage, Wanted
 from rayrlhf.launch.supported import installed_versions, twins
@@ -76,7 +76,8 @@ def measure_inputs(wanted: Wanted) -> Inputs:
         check_sources(wanted.data, root)
     except DataError as error:
         return Inputs(models, (), error.message)
-    hub = ((key, name) for key, sources in wanted.data.items() for name in hub_names(sources, root))
+    named = ((key, name) for key, sources in wanted.data.items() for name in sources)
+    hub = ((key, name) for key, name in named if not (root / Path(name).expanduser()).is_file())  # then it is a hub's
     return Inputs(models, tuple(_on_hub(key, name, "dataset") for key, name in hub))
 
 
