@@ -138,6 +138,35 @@ def audit(run: Annotated[Path, typer.Argument(help="folder of a run, such as run
     show_audit(run, Console())
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Ray cluster to look at; left out: the config's, or here."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The findings as the last line of stdout, the table on stderr.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the all-reduces and the toy publish.")] = False,
+) -> None:
+    """What of this machine, or of every node of a cluster, would stop a run: each check with what to do; exit code 1
+    where one fails."""
+    settings = load_config(config, overrides or ()) if config else None
+    from rayrlhf.launch.doctor.examination import examine
+    from rayrlhf.launch.doctor.show import as_json as line
+    from rayrlhf.launch.doctor.show import failed, show
+
+    console = Console(stderr=as_json)
+    with console.status("") as status:
+        findings = examine(settings, address, quick, lambda doing: status.update(f"{doing} ..."))
+    show(findings, console)
+    if as_json:
+        print(line(findings))
+    raise typer.Exit(1 if failed(findings) else 0)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
