@@ -20,18 +20,20 @@ __all__ = ["connect", "disconnect"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
+# What Ray sets for the command of a job, and nobody else.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
-    """Start Ray here, or join `cluster.address`; then check that it has what the config asks for.
+    """Start Ray here, or join `cluster.address` (in a Ray job its cluster); then check that it has what the config asks for.
 
     Raises:
         ResourceError: it does not.
     """
     # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    local = config.cluster.address is None
+    local = config.cluster.address is None and JOB_VARIABLE not in os.environ
     logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
     _init(config, local, math.ceil(promised_cpus(config)))
     try:
@@ -63,7 +65,8 @@ def _knock(address: str) -> None:
 def _ray_init(config: Config, local: bool, cpus: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
     ray.init(
-        address="local" if local else config.cluster.address,  # None would join any cluster that runs on this machine
+        # None would join any cluster that runs on this machine.
+        address="local" if local else config.cluster.address or os.environ["RAY_ADDRESS"],
         namespace=f"rayrlhf-{config.run.name}",
         # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
         num_cpus=max(os.cpu_count() or 1, cpus) if local else None,
