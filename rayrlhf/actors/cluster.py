@@ -26,7 +26,8 @@ KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
-    """Start Ray here, or join `cluster.address` (in a Ray job its cluster); then check that it has what the config asks for.
+    """Start Ray here, or join `cluster.address`, or the cluster of the Ray job that this is; then check that it has
+    what the config asks for.
 
     Raises:
         ResourceError: it does not.

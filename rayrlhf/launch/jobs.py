@@ -114,7 +114,7 @@ def _client(address: str) -> Jobs:
 def _unreachable(address: str, error: Exception) -> ResourceError:
     return ResourceError(
         f"--address {address}: no Ray job server answers ({str(error).splitlines()[0]})",
-        "give the head's dashboard, http://HEAD:8265. It listens on the head's loopback alone unless `ray start --head` was "
+        "give the head's dashboard, http://HEAD:8265. It listens on the head's loopback alone unless `ray start` was "
         "given --dashboard-host; a tunnel (ssh -L 8265:127.0.0.1:8265 HEAD) reaches it there",
     )
 
@@ -126,7 +126,7 @@ def _token_hint(error: Exception) -> str:
     )
     if mode.lower() != "token":
         return (
-            f"RAY_AUTH_MODE is {mode} here and `token` on the cluster: set RAY_AUTH_MODE=token, and give the cluster's token "
-            "in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+            f"RAY_AUTH_MODE is {mode} here and `token` on the cluster: set RAY_AUTH_MODE=token, and give the cluster's "
+            "token in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
         )
     return f"the token here is that of {given}: it has to be the one that the cluster was started with"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ray._private.thirdparty.pathspec import PathSpec  # git's rules for .gitignore, as Ray itself reads them
 
-import rayrlhf
 from rayrlhf.errors import ConfigError
 
 __all__ = ["IGNORED", "IGNORE_FILES", "LIMIT_MIB", "Package", "collect_package", "write_zip"]
@@ -22,7 +21,7 @@ MIB = 2**20
 IGNORE_FILES = (".gitignore", ".rayignore")
 IGNORED = (
     # what other tools leave
-    *(".git/", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", "*.egg-info/"),
+    *(".git", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", "*.egg-info/"),
     *(".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".import_linter_cache/", ".hypothesis/", ".ipynb_checkpoints/"),
     # what runs leave
     *("runs/", "wandb/"),
@@ -55,7 +54,7 @@ def collect_package(folder: Path, config: Path, limit_mib: float = LIMIT_MIB) ->
     if not folder.is_dir():
         raise ConfigError(f"--working-dir {folder}: no such folder")
     folder, config = folder.resolve(), config.resolve()
-    own = Path(rayrlhf.__file__).parent
+    own = Path(__file__).parents[1]
     # The code that has checked the config is the code that runs it, whatever the nodes have installed.
     files = {name: path for name, path in _files(folder, "").items() if not name.startswith("rayrlhf/")}
     name = config.relative_to(folder).as_posix() if config.is_relative_to(folder) else f".rayrlhf/{config.name}"

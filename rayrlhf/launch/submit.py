@@ -219,7 +219,7 @@ def _run_folder(config: Config) -> str:
 def _check_output(config: Config) -> None:
     if not config.run.output.is_absolute():
         raise ConfigError(
-            f"run.output: found {str(config.run.output)!r}; a job's own folder goes when the job ends, and checkpoints in it",
+            f"run.output: found {str(config.run.output)!r}; a job's folder goes when it ends, and checkpoints with it",
             "name a folder on storage that every node sees and that stays, for example run.output=/shared/runs",
         )
 
