@@ -1,6 +1,6 @@
 """Runs as jobs of a real cluster: a head without CPUs, a worker node with all of them, token authentication on.
 
-The client is a process of its own that has no Ray runtime and nothing but the head's HTTP port.
+The client is a process of its own that has no torch, no Ray runtime, and nothing but the head's HTTP port.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import psutil
 import pytest
 import requests
 
-from tests.integration.conftest import COMMAND, ROOT, FinishedRun
+from tests.integration.conftest import ROOT, FinishedRun
 from tests.integration.hosts import RAY
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from rayrlhf.cli import main; main()"
+CLIENT = [sys.executable, "-c", WITHOUT_TORCH]
 TOKEN, SECRET = secrets.token_hex(32), f"hf_{secrets.token_hex(16)}"
 
 
@@ -90,7 +92,7 @@ class Cluster:
         return 0
 
     def rayrlhf(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, *arguments]
+        command = [*CLIENT, *arguments]
         if "--address" not in arguments:
             command += ["--address", self.address]
         return subprocess.run(
@@ -212,7 +214,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_another_goes_on_while_the_line_i
     assert "STOPPED" in cluster.rayrlhf("status", job).stdout
 
     wire, output = Wire(cluster.port), tmp_path / "second.txt"
-    command = [*COMMAND, "submit", *run, f"ppo.steps={done + 2}", "--resume", "--follow", "--address", wire.address]
+    command = [*CLIENT, "submit", *run, f"ppo.steps={done + 2}", "--resume", "--follow", "--address", wire.address]
     with (
         output.open("w") as log,
         subprocess.Popen(command, cwd=ROOT, env=cluster.client, stdout=log, stderr=-1) as client,
