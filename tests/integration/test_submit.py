@@ -86,9 +86,11 @@ class Cluster:
         return requests.get(self.address + path, headers=headers, timeout=30).json()
 
     def _nodes(self) -> int:
-        with suppress(requests.RequestException, ValueError, KeyError):
-            rows = self.get("/nodes?view=summary")["data"]["summary"]
-            return sum(row["raylet"].get("state") == "ALIVE" for row in rows)
+        with suppress(requests.RequestException):
+            self.get("/api/version")
+            command = [RAY, "status", f"--address=127.0.0.1:{self.gcs}"]
+            said = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout
+            return said.count("node_")
         return 0
 
     def rayrlhf(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -253,7 +255,7 @@ def test_plain_ray_job_submit_joins_the_cluster_and_its_failure_reaches_the_clie
 ) -> None:
     run = ["pretrain", "configs/tiny.yaml", f"run.output={tmp_path}", "run.max_loss=1e-6", "pretrain.max_steps=2"]
     tiny = ["model.from_scratch.hidden_size=64", "model.from_scratch.heads=2", "model.from_scratch.layers=2"]
-    command = [RAY, "job", "submit", "--address", cluster.address, "--working-dir", "rayrlhf/..", "--no-wait"]
+    command = [RAY, "job", "submit", "--address", cluster.address, "--working-dir", ".", "--no-wait"]
     named = [*command, "--submission-id", "plain", "--", "rayrlhf", *run, *tiny]
     done = subprocess.run(named, cwd=ROOT, env=cluster.client, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
