@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from rayrlhf.config import Config, load_config
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import USER_ERRORS, RayRLHFError, Stopped
 
 __all__ = ["app", "main"]
@@ -50,8 +51,9 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the interrupted run of this name: finished stages are taken as they are, PPO from its newest "
-        "whole checkpoint (checkpoint.every). Settings that change what is learned must be as they were.",
+        help="Go on with the interrupted run of this name: finished stages are taken as they are, the one under way "
+        "from its newest whole checkpoint (checkpoint.every of PPO, checkpoint.training_every of pretrain, sft, reward "
+        "and dpo). Settings that change what is learned must be as they were.",
     ),
 ]
 
@@ -86,27 +88,27 @@ def run(
 
 
 @app.command()
-def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A causal LM from scratch on plain text, with its tokenizer."""
-    _run_one("pretrain", config, overrides, dry_run)
+    _run_one("pretrain", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """Supervised fine-tuning on demonstrations."""
-    _run_one("sft", config, overrides, dry_run)
+    _run_one("sft", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A reward model from rankings."""
-    _run_one("reward", config, overrides, dry_run)
+    _run_one("reward", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """The baseline: direct preference optimisation of the SFT model on the rankings."""
-    _run_one("dpo", config, overrides, dry_run)
+    _run_one("dpo", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
@@ -210,6 +212,21 @@ def bench(
     raise typer.Exit(run_benchmark(name, context.args))
 
 
+@app.command()
+def manifests(
+    values: Annotated[Path, typer.Option("--values", metavar="FILE", help="YAML, such as cluster/values.yaml.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the files go.")],
+    kinds: Annotated[
+        list[str] | None, typer.Argument(help="kuberay, launcher, slurm, docker, monitoring; all if left out")
+    ] = None,
+) -> None:
+    """The files of a cluster, from one set of values: KubeRay, Ray's cluster launcher, Slurm, Docker, monitoring."""
+    from rayrlhf.launch.manifests import write_manifests
+
+    for path in write_manifests(values, output, kinds or ()):
+        Console().print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: errors of ours become one message, never a traceback."""
     error = Console(stderr=True)
@@ -286,7 +303,7 @@ def _run(config: Config, dry_run: bool, verify_step: int | None, resume: bool) -
 
 def _print(console: Console, problem: Exception) -> None:
     console.print(f"[bold red]{type(problem).__name__}[/]: ", end="")
-    console.print(str(problem), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(masked(str(problem)), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.errors import PolicyMovedOn
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.models.residence import Part
+from rayrlhf.rewards.base import SourceSettings
 from rayrlhf.supervised.preference import response_logprobs
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
@@ -68,6 +69,8 @@ class ModelSettings:
     """Responses that rank 0 decodes for samples.jsonl."""
     judge: Judge | None = None
     """Where the prompts are a world's."""
+    source: SourceSettings | None = None
+    """Where the rewards are not one reward model's (see sources.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,21 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
+from rayrlhf.config.limits import UNREADABLE, check_size, check_text, parse, shown
 from rayrlhf.config.root import Config
+from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config"]
+__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config", "load_section"]
+
+S = TypeVar("S", bound=BaseModel)
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
 
@@ -41,10 +46,25 @@ def config_from(
     for override in overrides:
         _apply_override(tree, override)
     _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
+    check_size(tree, source)
+    check_text(tree, source)
+    refuse_secrets(tree, environ, source)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, source)) from None
+
+
+def load_section(path: Path | str, model: type[S]) -> S:
+    """A YAML file that is no run's config, as strict and with the same messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return model.model_validate(_read_yaml(Path(path)))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path), model)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -54,9 +74,20 @@ def dump_config(config: Config) -> str:
     return stream.getvalue()
 
 
+class _Representer(SafeRepresenter):
+    """ruamel writes U+0085 as it is, and reads it back as the end of a line."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     # ruamel follows YAML 1.2, where 9e-6 is a number; PyYAML (1.1) reads a string.
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
@@ -69,14 +100,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         raise ConfigError(f"{path}: no such config file", f"did you mean {path.parent / near[0]}?" if near else "")
     try:
-        tree = _yaml().load(path.read_text(encoding="utf-8"))
+        tree = parse(_yaml(), path)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = mark.line + 1 if mark else "?"
         raise ConfigError(
             f"{path}:{line}: broken YAML: {error.problem}", "check indentation, colons and quotes"
         ) from None
-    except (YAMLError, ValueError) as error:  # ruamel lets a ValueError of a false date or number through
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: broken YAML: {error}") from None
     if tree is None:
         tree = {}
@@ -89,11 +120,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{override!r} is not an override", "write section.key=value, for example ppo.steps=10")
+        raise ConfigError(
+            f"{shown(masked(override))} is not an override", "write section.key=value, for example ppo.steps=10"
+        )
     try:
         value = _yaml().load(text)
-    except (YAMLError, ValueError):
-        raise ConfigError(f"{dotted}: cannot read {text!r} as YAML", "quote it: key='\"text\"'") from None
+    except UNREADABLE:
+        raise ConfigError(f"{dotted}: cannot read {shown(masked(text))} as YAML", "quote it: key='\"text\"'") from None
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
@@ -115,35 +148,37 @@ def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
         data["root"] = root
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    return "\n".join(f"{where}: {_explain_one(dict(item))}" for item in error.errors())
+def _explain(error: ValidationError, where: str, model: type[BaseModel] = Config) -> str:
+    return "\n".join(f"{where}: {_explain_one(dict(item), model)}" for item in error.errors())
 
 
-def _explain_one(item: dict[str, Any]) -> str:
+def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     loc = [str(part) for part in item["loc"]]
     dotted = ".".join(loc) or "config"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=1, cutoff=0.5)
-        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1]))}"
+        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1], model), n=1, cutoff=0.5)
+        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1], model))}"
         return f"{dotted}: unknown key; did you mean {suggestion}?"
     if item["type"] == "missing":
         return f"{dotted}: missing"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if loc else message
-    found = "null" if item["input"] is None else repr(item["input"])
+    found = "null" if item["input"] is None else shown(item["input"])
     if item["type"] == "model_type":  # a value where a section is
-        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc))} in it"
+        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc, model))} in it"
     return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
-def _fields_at(loc: Sequence[str]) -> list[str]:
-    """Names valid in the section that `loc` points at."""
-    model: type[BaseModel] = Config
-    for part in loc:
+def _fields_at(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """Names valid in the section of `model` that `loc` points at."""
+    parts = iter(loc)
+    for part in parts:
         if part not in model.model_fields:
             return []
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:  # sections by names of the user's own
+            next(parts, None)
         candidates = (annotation, *get_args(annotation))
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:

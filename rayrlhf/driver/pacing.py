@@ -31,6 +31,7 @@ from rayrlhf.types import RolloutInfo, SampleRequest
 __all__ = ["OverlapPacing", "PromptStream", "SyncPacing", "TextStream", "sample_seed"]
 
 T = TypeVar("T")
+Score = Callable[[RolloutBatch], Coroutine[Any, Any, ScoredPart]]
 NOTHING = Accounted()
 # Characters that are kept of why a sample could not be scored.
 REASON = 200
@@ -91,7 +92,7 @@ class _Pacing:
         self._clock = clock
         self._max_failed = max_failed
 
-    def _drawing(self, score: Callable[[RolloutBatch], Coroutine[Any, Any, ScoredPart]]) -> _Drawing:
+    def _drawing(self, score: Score) -> _Drawing:
         return _Drawing(self._prompts, self._batch_size, self._max_failed, score)
 
 
@@ -172,13 +173,7 @@ class _Drawing:
     What cannot be scored is left out, and with it all samples of its group: the next call of `sample` draws others.
     """
 
-    def __init__(
-        self,
-        prompts: PromptStream,
-        size: int,
-        max_failed: int,
-        score: Callable[[RolloutBatch], Coroutine[Any, Any, ScoredPart]],
-    ) -> None:
+    def __init__(self, prompts: PromptStream, size: int, max_failed: int, score: Score) -> None:
         self._prompts = prompts
         self._size = size
         self._max_failed = max_failed
@@ -211,9 +206,7 @@ class _Drawing:
             came = Counter((info.sample_id, info.prompt_id) for part in parts[1:] for info in part.infos)
             came.subtract((request.sample_id, request.prompt_id) for request in requests)
             if wrong := sorted(sample for sample, count in came.items() if count):
-                raise TrainingError(
-                    f"the engines did not answer once, as they were asked: (sample, prompt) {wrong}", BUG
-                )
+                raise TrainingError(f"the engines did not answer once, as asked: (sample, prompt) {wrong}", BUG)
         except BaseException:
             if self._scoring is not None:
                 self._scoring.cancel()

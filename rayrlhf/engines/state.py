@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,14 +47,24 @@ def load_state(learner: Learner, folder: Path) -> None:
         raise CheckpointError(
             f"{path} is missing", "resume with as many ranks and the ZeRO stage that it was saved with"
         )
-    saved, (optimizer, masters) = load_file(path), _optimizer(learner)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}", "resume from another checkpoint") from None
+    optimizer, masters = _optimizer(learner)
     # Where the optimizer would have made its step count: a fused one's is beside the weights.
     beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for i, master in enumerate(masters):  # torch makes Adam's state at the first step, which may be still to come
         prefix = f"adam.{i}."
         for name in [key.removeprefix(prefix) for key in saved if key.startswith(prefix)]:
             value = saved[prefix + name]
+            if value.dim() and value.shape != master.shape:
+                raise CheckpointError(
+                    f"{path}: {prefix}{name} does not fit this learner", "resume with the model that it was saved with"
+                )
             optimizer.state[master].setdefault(name, value.to(master.device if value.dim() or beside else "cpu"))
+    # ZeRO-3 keeps small weights whole, and what a pass has gathered last: copies that would outlive what is loaded.
+    _partition(learner)
     held = _state(learner)
     if learner.rank and not learner.zero_stage:  # rank 0's file, and of a whole model it alone keeps the average
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("average.")}
@@ -64,6 +75,14 @@ def load_state(learner: Learner, folder: Path) -> None:
                 "resume with the model, the number of ranks and the ZeRO stage that it was saved with",
             )
         held[name].copy_(saved[name])
+    if small := getattr(learner.engine.optimizer, "persistent_parameters", None):
+        small[0].all_gather(small)
+
+
+def _partition(learner: Learner) -> None:
+    sharded: list[Any] = [p for p in learner.module.parameters() if hasattr(p, "ds_tensor")]
+    if sharded:
+        sharded[0].partition(sharded)  # those that are not gathered stay as they are
 
 
 def _state(learner: Learner) -> dict[str, Tensor]:

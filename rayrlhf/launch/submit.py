@@ -26,7 +26,7 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
 
-from rayrlhf.config import Config, load_config
+from rayrlhf.config import DATA_ROOT_VARIABLE, Config, load_config
 from rayrlhf.errors import ConfigError
 from rayrlhf.launch.follow import follow
 from rayrlhf.launch.jobs import Jobs, connect
@@ -64,7 +64,9 @@ def submit(
         ResourceError: the cluster cannot be reached.
     """
     carried = _values_of(names, environ)
-    config = load_config(path, overrides, carried)  # the environment that the job will have
+    # The job has no data folder from this environment, but a secret of it must not stand in the config all the same.
+    seen = {name: value for name, value in environ.items() if name != DATA_ROOT_VARIABLE} | carried
+    config = load_config(path, overrides, seen)
     _check_output(config)
     package = collect_package(folder, path)
     variables = environment(config, carried, environ)

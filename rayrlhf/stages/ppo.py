@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import Judge
@@ -37,6 +38,7 @@ from rayrlhf.stages.ledger import Ledger
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet, first_ratio
 from rayrlhf.stages.saving import RECORDS, PolicySaver
+from rayrlhf.stages.sources import plan_models
 from rayrlhf.stages.verification import VerifiedLearners
 
 __all__ = ["join_arms", "judge_of", "run_ppo_stage"]
@@ -64,12 +66,11 @@ class _Run:
     def __init__(self, context: StageContext, parents: dict[str, str], workspace: Path) -> None:
         self.context = context
         self.workspace = workspace
-        # The value model starts from the reward model, its head included (Ouyang et al. 2022, appendix C.4).
-        sft, reward = parents["sft"], parents["reward"]
-        models = {"policy": sft, "reference": sft, "reward": reward, "value": reward}
+        prompts = context.data.prompts
+        planned = plan_models(context.config, parents, prompts.records)
         roles = [placement.role for placement in plan_ppo(context.config)]
-        judge = judge_of(context.config, context.data.prompts.texts)
-        self.roles = RoleSet(context, roles, models, context.data.prompts.tokens, judge)
+        judge = judge_of(context.config, prompts.texts)
+        self.roles = RoleSet(context, roles, planned.models, prompts.tokens, judge, planned)
         self.parents = parents
         self.stop = asyncio.Event()
 
@@ -298,7 +299,9 @@ class _StageSink:
         self._context.sink.write({"stage": "ppo", **self._arm, **record})
         self._kept[0].write({**self._arm, **record})
         for engine, reason in record["weights/quarantine_reasons"].items():
-            self._context.console.print(f"[yellow]{engine} is left out, its weights are not verified:[/] {reason}")
+            self._context.console.print(
+                f"[yellow]{engine} is left out, its weights are not verified:[/] {escape(reason)}"
+            )
         names = {"reward/mean": "reward", "reward/gold": "gold", "kl/mean": "kl", "response/length_mean": "length"}
         shown = {word: record[name] for name, word in names.items() if name in record}
         self._progress.step(record["step"], self._steps, shown, **self._arm)

@@ -17,8 +17,10 @@ from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.readers import check_sources
 from rayrlhf.errors import ConfigError, DataError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
+from rayrlhf.models.folder import check_weights
 from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.stages.lineage import absolute
+from rayrlhf.stages.sources import check_source
 from rayrlhf.weights.transports import TRANSPORTS
 from rayrlhf.worlds.base import create_world
 
@@ -30,6 +32,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 __all__ = [
     "check_compared",
     "check_data",
+    "check_ensemble",
     "check_evaluation",
     "check_files",
     "check_models",
@@ -69,8 +72,12 @@ def check_models(config: Config) -> None:
         known = ", ".join(sorted(TRANSPORTS))
         raise ConfigError(f"weights.transport: no transport {config.weights.transport!r}", f"one of {known}")
     if "ppo" in config.stages():
+        check_source(config)
         for arm in config.arms().values():
             _check_advantage(arm)
+        for number, member in enumerate(config.ppo.reward.models):
+            key, longest = f"ppo.reward.models[{number}]", config.rollout.max_tokens
+            _check_judge(config, key, absolute(member), "rollout.max_tokens", longest)
     named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
     for key, path in named.items():
         if path is not None:
@@ -79,7 +86,7 @@ def check_models(config: Config) -> None:
         _check_dropout(config)
     if config.cluster.device == "cpu" and any(stage in SAMPLING for stage in config.stages()):
         _check_head_size(config)
-    if config.reward.path is not None and "ppo" in config.stages():
+    if config.reward.path is not None and "ppo" in config.stages() and config.ppo.reward.kind == "model":
         _check_reward_model(config, absolute(config.reward.path))
     if "sft" in config.stages() and config.sft.select.reward_model is not None:
         judge, longest = absolute(config.sft.select.reward_model), config.sft.max_response_tokens
@@ -109,6 +116,7 @@ def check_verify_step(config: Config, step: int) -> None:
             f"take step {ppo.value_warmup_steps + 1} or later",
         )
     covered: dict[str, tuple[Any, Any]] = {
+        "ppo.reward.kind": (ppo.reward.kind, "model"),
         "ppo.advantage": (ppo.advantage, "gae"),
         "ppo.score.normalize": (ppo.score.normalize, "none"),
         "ppo.score.clip": (ppo.score.clip, None),
@@ -179,6 +187,10 @@ def _check_shape(config: Config, key: str, path: str) -> PretrainedConfig:
                 f"{key} {path}: the model transforms its logits ({name}), which the trainer would leave out",
                 "take a model whose head is linear",
             )
+    try:
+        check_weights(path)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error.message}", error.hint) from None
     return shape
 
 
@@ -219,6 +231,12 @@ def check_selection(config: Config, data: Datasets) -> None:
         )
     if select.reward_model is not None:
         _check_vocabulary(config, "sft.select.reward_model", absolute(select.reward_model), data.tokenizer)
+
+
+def check_ensemble(config: Config, data: Datasets) -> None:
+    """The reward models of PPO's ensemble read the same tokens."""
+    for number, path in enumerate(config.ppo.reward.models):
+        _check_vocabulary(config, f"ppo.reward.models[{number}]", absolute(path), data.tokenizer)
 
 
 def check_evaluation(config: Config, data: Datasets) -> None:
@@ -323,7 +341,8 @@ def _check_judge(config: Config, key: str, path: str, longest: str, tokens: int)
 
 
 def _check_reward_head(key: str, path: str, shape: PretrainedConfig) -> None:
-    architecture = (shape.architectures or ["model of unknown architecture"])[0]
+    named = shape.architectures
+    architecture = str(named[0]) if named and isinstance(named, list) else "model of unknown architecture"
     if not architecture.endswith("ForSequenceClassification") or shape.num_labels != 1:
         raise ModelError(
             f"{key} {path}: a {architecture} with {shape.num_labels} labels has no reward head",

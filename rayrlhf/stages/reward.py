@@ -73,9 +73,10 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, measure on held-out rankings, normalise, save."""
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.tasks import RankingTask
     from rayrlhf.models.build import new_scalar
+    from rayrlhf.supervised.checkpoints import TrainingCheckpoints
     from rayrlhf.supervised.loop import train
+    from rayrlhf.supervised.ranking import RankingTask
 
     assert job.model is not None
     model = new_scalar(job.model, job.trust_remote_code, job.seed)
@@ -86,8 +87,10 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     examples, heldout, demonstrations = fetch(job)
     cutting = job.train.cutting
     log({"phase": "training"})
-    trained = train(learner, RankingTask(examples), job.train, log)
+    checkpoints = TrainingCheckpoints(learner, job.checkpoints, log)
+    trained = train(learner, RankingTask(examples), job.train, log, checkpoints=checkpoints)
     result: dict[str, Any] = {"examples": len(examples)} | {f"train_{k}": v for k, v in trained.items()}
+    result |= checkpoints.figures
     log({"phase": "evaluating"})
     result |= _evaluate(model, learner, heldout, demonstrations, cutting, job.extra["unit_variance"])
     log({"phase": "saving"})
@@ -104,7 +107,7 @@ def _evaluate(
     unit_variance: bool,
 ) -> dict[str, Any]:
     """What the trained scores are worth, then what they are counted in from now on."""
-    from rayrlhf.engines.tasks import RankingTask, score_sequences
+    from rayrlhf.supervised.ranking import RankingTask, score_sequences
 
     result: dict[str, Any] = {}
     if heldout:

@@ -31,6 +31,7 @@ from rayrlhf.errors import ActorError
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.replacements import Replacements
+from rayrlhf.stages.sources import PPOModels
 from rayrlhf.stages.training import learner_settings
 from rayrlhf.types import PromptTokens
 from rayrlhf.weights.probe import probe_rows
@@ -59,14 +60,18 @@ class RoleSet:
         models: Mapping[str, str],
         prompts: Sequence[PromptTokens],
         judge: Judge | None = None,
+        planned: PPOModels | None = None,
     ) -> None:
+        """`planned`: PPO's, whose rewards may come from elsewhere than a reward model."""
         self._context = context
         self._config = context.config
         self._models = models
         self._prompts = prompts
         self._judge = judge
+        self._source = planned.source if planned else None
+        self._actors = MODEL_ROLES | dict(planned.actors if planned else {})
         self.groups: dict[str, ActorGroup] = {}
-        self._planned = plan_ppo(context.config, roles)
+        self._planned = plan_ppo(context.config, roles, scoring_text=self._reads_text())
         self._replacements = Replacements(
             context.config.cluster.recovery, context.folder / "recoveries.jsonl", context.console
         )
@@ -91,7 +96,7 @@ class RoleSet:
             if kept[role]:
                 await group.call("reload", settings, timeout_s=timeout)
                 return
-            await group.spawn(MODEL_ROLES[role], self._arguments(role), timeout)
+            await group.spawn(self._actors[role], self._arguments(role), timeout)
             await self._load(role)
 
         async def start_engines() -> None:
@@ -150,8 +155,12 @@ class RoleSet:
     def watch(self) -> None:
         """From here on a call that takes much longer than its like has hung: batches are of one size now."""
         recovery, cap = self._config.cluster.recovery, self._config.cluster.call_timeout_s
-        for group in self.groups.values():
-            group.deadlines = Deadlines(recovery.hang_floor_s, recovery.hang_factor, cap)
+        for role, group in self.groups.items():
+            floor = recovery.hang_floor_s
+            if role == "reward" and self._reads_text():  # it has limits of its own, and within them it has not hung
+                ppo = self._config.ppo
+                floor = max(floor, ppo.reward.longest_s(math.ceil(ppo.batch_size / group.ranks)))
+            group.deadlines = Deadlines(min(floor, cap), recovery.hang_factor, cap)
 
     def _shared_devices(self) -> dict[str, SharedDevices]:
         """By role: those of `cluster.shared` that this stage uses two or more roles of."""
@@ -161,6 +170,9 @@ class RoleSet:
             if len(placements) > 1:
                 devices |= dict.fromkeys((p.role for p in placements), SharedDevices(placements))
         return devices
+
+    def _reads_text(self) -> bool:
+        return self._source is not None and self._source.config.sees_text
 
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""
@@ -206,7 +218,8 @@ class RoleSet:
 
     def _fit(self, placement: RolePlacement) -> Any:
         """What actors of this role must have in common to be used again."""
-        return (placement, self._engine_settings() if placement.role == "rollout" else None)
+        own = self._engine_settings() if placement.role == "rollout" else self._actors[placement.role]
+        return (placement, own)
 
     async def stop(self) -> None:
         """End every actor that is not kept; what it holds outside its own memory is given back first."""
@@ -244,6 +257,7 @@ class RoleSet:
             run=config.run.name,
             samples=config.tracking.samples_per_step,
             judge=self._judge if role == "policy" else None,
+            source=self._source if role == "reward" else None,
         )
 
     def _context_tokens(self) -> int:

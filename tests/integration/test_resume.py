@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import time
@@ -21,6 +20,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
+from tests.faults import end_session
 from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
@@ -49,8 +49,9 @@ def new_learner(stage: int, dtype: str, seed: int) -> Any:
         failed_folder="failed",
         role="test",
         average=0.9,
-        # The parameters are small enough that ZeRO-3 would leave them whole. A key of ZeRO's own also keeps the stage.
-        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage else {},
+        # All parameters are small enough that ZeRO-3 would leave them whole; so only the norms' are. A key of ZeRO's
+        # own also keeps the stage.
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 64}} if stage else {},
     )
     return Learner(from_scratch(spec, 64, 0, 1, seed), settings)
 
@@ -84,6 +85,7 @@ def resume_learners(rank: int, world: int, port: int, folder: str) -> None:
         save_state(stayed, place)
         deepspeed.comm.barrier()
         resumed = new_learner(stage, dtype, seed=4)  # other weights: all that counts must come from the files
+        learn(resumed, 9)  # and nothing of a life before
         load_state(resumed, place)
         norms = [(learn(stayed, step), learn(resumed, step)) for step in (2, 3)]
         if rank == 0:
@@ -160,17 +162,6 @@ def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> i
         finally:
             process.kill()
             end_session(process.pid)
-
-
-def end_session(session: int) -> None:
-    """Ray's processes live on without their driver for a while; they are of its session."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, IndexError):
-            continue
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:

@@ -114,9 +114,11 @@ def test_a_stop_may_take_as_long_as_the_calls_that_it_waits_for() -> None:
     assert environment(Config.model_validate(tree), {}, {}) == {"RAY_JOB_STOP_WAIT_TIME_S": "201"}
 
 
-def test_variables_that_the_config_names_for_tokens_go_along() -> None:
-    tree = {"reward": {"sources": [{"token_variable": "MY_TOKEN"}, {"token_variable": None}], "url": "https://x"}}
-    assert [v for k, v in submit_module._leaves(tree) if k == "token_variable"] == ["MY_TOKEN", None]
+def test_the_variable_that_the_config_names_for_a_rewards_token_goes_along(config: Path, server: Server) -> None:
+    reward = "ppo.reward={kind: http, url: https://rewards.example/score, token_variable: MY_TOKEN}"
+    submitted(config, reward, MY_TOKEN="mine-1234567890")
+    assert server.given["runtime_env"]["env_vars"]["MY_TOKEN"] == "mine-1234567890"
+    assert "mine-1234567890" not in server.given["entrypoint"]
 
 
 def test_a_value_on_the_command_line_is_refused_and_not_repeated(config: Path, server: Server) -> None:
@@ -131,6 +133,20 @@ def test_a_variable_that_is_not_set_is_named(config: Path, server: Server) -> No
 
 
 # ---- what is refused before anything is sent
+
+
+def test_a_config_that_holds_a_secret_of_this_environment_is_refused(config: Path, server: Server) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.project") as error:
+        submitted(config, "tracking.project=hush-1234567890", WANDB_API_KEY="hush-1234567890")
+    assert "hush" not in str(error.value)
+    assert not server.given
+
+
+def test_a_data_folder_of_this_environment_is_not_the_jobs_unless_it_goes_along(config: Path, server: Server) -> None:
+    submitted(config, RAYRLHF_HUMAN_DATA="/here")
+    assert "RAYRLHF_HUMAN_DATA" not in server.given["runtime_env"]["env_vars"]
+    submitted(config, names=("RAYRLHF_HUMAN_DATA",), RAYRLHF_HUMAN_DATA="/shared/data")
+    assert server.given["runtime_env"]["env_vars"]["RAYRLHF_HUMAN_DATA"] == "/shared/data"
 
 
 def test_a_misspelt_key_is_found_here(config: Path, server: Server) -> None:

@@ -73,7 +73,7 @@ class FakeWandb:
 
 def test_a_run_writes_metrics_to_both_places_and_samples_to_their_own_file(tmp_path):
     wandb = FakeWandb()
-    sink = RunSink(tmp_path, wandb)
+    sink = RunSink(tmp_path, [wandb])
     sink.write({"stage": "ppo", "step": 1, "kl/mean": 0.5})
     sink.write_sample({"stage": "ppo", "step": 1, "response": "yes"})
     sink.close()
@@ -83,7 +83,7 @@ def test_a_run_writes_metrics_to_both_places_and_samples_to_their_own_file(tmp_p
 
 
 def test_a_run_without_wandb_writes_files_alone(tmp_path):
-    sink = RunSink(tmp_path, None)
+    sink = RunSink(tmp_path)
     sink.write({"step": 1})
     sink.close()
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]
@@ -95,3 +95,14 @@ def test_a_response_with_a_unicode_line_separator_is_read_back_whole(tmp_path, s
     lines.write({"response": f"one{separator}two"})
     lines.close()
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"response": f"one{separator}two"}]
+
+
+def test_records_that_are_taken_back_are_gone_and_later_ones_follow(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    file.keep(lambda record: record["step"] <= 1)
+    file.write({"step": 2, "again": True})
+    file.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2, "again": True}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -57,6 +57,17 @@ def test_accuracy_by_the_number_of_responses_is_shown_where_there_are_several_nu
     assert ["others", "-", "0.500 (6)", "0.600 (45)"] in lines
 
 
+def test_a_source_is_shown_as_it_is_named_not_as_markup_or_a_terminals_command() -> None:
+    """Sources come from the field of a data file."""
+    lines = shown(**{"[/people]": ROW, "[red]x[/]": ROW, "\x1b[2J\udc80": ROW, "": ROW})
+    assert [line[0] for line in lines if line[1:3] == ["12", "15"]] == [
+        "[/people]",
+        "[red]x[/]",
+        "\\x1b[2J\\udc80",
+        "-",
+    ]
+
+
 def test_pairs_alone_need_no_table_by_their_number() -> None:
     assert not any("K = 2" in line for line in shown(people=ROW, others=ROW))
 
@@ -72,3 +83,12 @@ def test_each_stage_says_how_much_memory_its_processes_took() -> None:
 
 def test_each_stage_says_where_its_model_is() -> None:
     assert ["reward    model: runs/artifacts/reward-1/model"] in shown(people=ROW)
+
+
+def test_what_saving_took_stands_beside_the_seconds_of_its_stage() -> None:
+    written = StringIO()
+    stage = {"cached": False, "memory_gib": {}, "train_loss": 0.5, "seconds": 41.2}
+    stages = {"reward": stage | {"saves": 3, "save_seconds": 0.1234}, "pretrain": stage | {"saves": 0}}
+    show_summary(Console(file=written, width=100), {"name": "mine", "stages": stages}, Path("runs/mine"))
+    assert "41 (3 saves: 0.12) │" in written.getvalue()
+    assert written.getvalue().count("saves") == 1
