@@ -29,7 +29,7 @@ from rich.console import Console
 from rayrlhf.config import DATA_ROOT_VARIABLE, Config, load_config
 from rayrlhf.errors import ConfigError
 from rayrlhf.launch.follow import follow
-from rayrlhf.launch.jobs import Jobs, connect
+from rayrlhf.launch.jobs import Jobs, RequestFailed, connect
 from rayrlhf.launch.packaging import collect_package, write_zip
 
 __all__ = ["SECRETS", "entrypoint", "environment", "exit_code", "show_logs", "show_status", "stop", "submit"]
@@ -114,7 +114,7 @@ def show_status(job: str, address: str, console: Console) -> None:
     """What the job is, since when, and if it failed, why."""
     with connect(address) as jobs:
         details = jobs.find(job)
-        log = jobs.get_job_logs(job) if details.driver_agent_http_address else ""
+        log = _log_of(jobs, details)
     rows = {
         "status": details.status.value + _duration(details),
         "run": (details.metadata or {}).get("run", ""),
@@ -236,8 +236,11 @@ def _check_nobody_writes_there(jobs: Jobs, folder: str) -> None:
 
 
 def _log_of(jobs: Jobs, details: JobDetails) -> str:
-    """Empty until the job has a node, which holds it."""
-    return jobs.get_job_logs(details.submission_id) if details.driver_agent_http_address else ""
+    """Empty until the job has a node, which holds it, and once that node is gone."""
+    try:
+        return jobs.get_job_logs(details.submission_id) if details.driver_agent_http_address else ""
+    except RequestFailed:
+        return ""
 
 
 def _grace_s(details: JobDetails) -> int:

@@ -200,6 +200,15 @@ def test_status_of_a_failed_job_shows_the_error_and_the_hint_and_not_the_log(ser
     assert "first" not in said
 
 
+def test_status_of_a_job_whose_node_is_gone_shows_what_ray_says_of_it(server: Server) -> None:
+    gone = details(JobStatus.FAILED, driver_agent_http_address="http://node:1", message="the node died")
+    server.known = [gone]
+    server.get_job_logs = lambda job: (_ for _ in ()).throw(RequestFailed(500, "no agent"))  # type: ignore[method-assign]
+    console = Console(file=StringIO())
+    show_status("mine-1", "http://head:8265", console)
+    assert "cause      the node died\n" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_a_failure_without_an_error_of_ours_shows_the_logs_end() -> None:
     log = "\n".join(f"line {n}" for n in range(100))
     assert submit_module._cause(log).splitlines()[0] == "line 80"
