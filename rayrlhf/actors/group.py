@@ -16,6 +16,7 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -30,7 +31,7 @@ from rayrlhf.driver.recovery import Deadlines
 from rayrlhf.engines.distributed import Rendezvous
 from rayrlhf.errors import ActorError, ActorLost, ActorTimeout, DataLost, RayRLHFError, ResourceError
 
-__all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
+__all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain", "fetched"]
 
 
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
@@ -260,6 +261,21 @@ def explain(error: BaseException | None, where: str, log: str) -> BaseException:
         return ActorLost(f"{where}: the actor died", hint)
     detail = f"{type(cause).__name__}: {cause}".splitlines()
     return ActorError(f"{where}: {detail[0]}", hint)
+
+
+async def fetched(handle: Any, what: str) -> Any:
+    """What a handle stands for.
+
+    Raises:
+        DataLost: it is gone.
+    """
+    try:
+        return await handle
+    except RayError as error:
+        raise DataLost(
+            f"{what} went with the node that held them ({type(error).__name__})",
+            "start the command again: stages that are done stay done",
+        ) from None
 
 
 def _answered(ahead: list[float], own: float, call: asyncio.Future[Any]) -> None:

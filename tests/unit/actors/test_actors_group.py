@@ -7,11 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ObjectLostError
 
 from rayrlhf.actors import group as group_module
-from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.group import ActorGroup, fetched
 from rayrlhf.actors.placement import RolePlacement
-from rayrlhf.errors import ActorTimeout
+from rayrlhf.errors import ActorTimeout, DataLost
 
 
 class Actor:
@@ -66,3 +67,11 @@ def test_an_answered_call_leaves_the_next_one_no_more_time_than_its_own(group: A
         assert asyncio.get_running_loop().time() - start < 0.35
 
     asyncio.run(steps())
+
+
+def test_data_that_is_gone_is_one_message():
+    async def gone() -> None:
+        raise ObjectLostError("00ff", None, "")
+
+    with pytest.raises(DataLost, match=r"eval: scores went with the node that held them \(ObjectLostError\)"):
+        asyncio.run(fetched(gone(), "eval: scores"))
