@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupte
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from rayrlhf.config.secrets import masked
 from rayrlhf.errors import USER_ERRORS, RayRLHFError, Stopped
 
 __all__ = ["app", "main"]
+
+# What a full or broken disk says, wherever a run happens to write when it does.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -276,6 +280,11 @@ def main() -> None:
         sys.exit(2)
     except RayRLHFError as problem:
         _print(error, problem)
+        sys.exit(1)
+    except OSError as problem:
+        if problem.errno not in DISK:
+            raise
+        _print(error, RayRLHFError(str(problem), "mend that, then go on with --resume: checkpoints are as they were"))
         sys.exit(1)
     except typer.Abort:
         sys.exit(130)
