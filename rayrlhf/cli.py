@@ -61,6 +61,20 @@ EvalOutput = Annotated[
     Path | None, typer.Option("--output", metavar="FOLDER", help="Where results go; RUN/eval if left out.")
 ]
 
+HardwareName = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="h100-80g, a100-80g, ..., cpu, or a YAML file in the form of "
+        "rayrlhf/planning/hardware.yaml; the config's plan.hardware if left out.",
+    ),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines there are.")]
+Assume = Annotated[
+    list[str] | None, typer.Option("--assume", metavar="NAME=VALUE", help="In place of an assumption; may be repeated.")
+]
+
 
 @app.command()
 def run(
@@ -126,6 +140,24 @@ def report(runs: Runs, output: Output = None) -> None:
     from rayrlhf.evaluation.report import write_report
 
     Console().print(f"the report is in {write_report(runs, output)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    hardware: HardwareName = None,
+    nodes: Nodes = None,
+    assume: Assume = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+) -> None:
+    """What a PPO run needs and how long it takes, before anything starts: from the config (or a form such as
+    configs/planning/workload.yaml) and the models' shapes alone. Exit code 0 if it fits, 1 if it does not."""
+    from rayrlhf.planning.command import plan_file, print_plan
+
+    made = plan_file(config, overrides or (), hardware, nodes, assume or ())
+    print_plan(Console(), made, as_json)
+    raise typer.Exit(0 if made.fits else 1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

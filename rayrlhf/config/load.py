@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -16,9 +16,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from rayrlhf.config.root import Config
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config"]
+__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config", "read_yaml", "validated"]
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
@@ -28,7 +30,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mappin
         ConfigError: naming file and line, or the dotted path, what was found and the nearest valid name.
     """
     path = Path(path)
-    return config_from(_read_yaml(path), overrides, environ, str(path))
+    return config_from(read_yaml(path), overrides, environ, str(path))
 
 
 def config_from(
@@ -41,10 +43,15 @@ def config_from(
     for override in overrides:
         _apply_override(tree, override)
     _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
+    return validated(Config, tree, source)
+
+
+def validated(section: type[S], tree: Any, source: str) -> S:
+    """`tree` as this section; ConfigError names each key that is wrong, what was found and the nearest valid name."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError("\n".join(f"{source}: {_explain(dict(item), section)}" for item in error.errors())) from None
 
 
 def dump_config(config: Config) -> str:
@@ -62,7 +69,8 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML 1.2 file; ConfigError where it is missing or broken."""
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, not a config file", "name a YAML file in it")
     if not path.is_file():
@@ -115,16 +123,12 @@ def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
         data["root"] = root
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    return "\n".join(f"{where}: {_explain_one(dict(item))}" for item in error.errors())
-
-
-def _explain_one(item: dict[str, Any]) -> str:
+def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
     loc = [str(part) for part in item["loc"]]
     dotted = ".".join(loc) or "config"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1]), n=1, cutoff=0.5)
-        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1]))}"
+        near = difflib.get_close_matches(loc[-1], _fields_at(section, loc[:-1]), n=1, cutoff=0.5)
+        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(section, loc[:-1]))}"
         return f"{dotted}: unknown key; did you mean {suggestion}?"
     if item["type"] == "missing":
         return f"{dotted}: missing"
@@ -133,13 +137,13 @@ def _explain_one(item: dict[str, Any]) -> str:
         return f"{dotted}: {message}" if loc else message
     found = "null" if item["input"] is None else repr(item["input"])
     if item["type"] == "model_type":  # a value where a section is
-        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc))} in it"
+        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(section, loc))} in it"
     return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
-def _fields_at(loc: Sequence[str]) -> list[str]:
+def _fields_at(section: type[BaseModel], loc: Sequence[str]) -> list[str]:
     """Names valid in the section that `loc` points at."""
-    model: type[BaseModel] = Config
+    model = section
     for part in loc:
         if part not in model.model_fields:
             return []
