@@ -148,16 +148,21 @@ def plan(
     overrides: Overrides = None,
     hardware: HardwareName = None,
     nodes: Nodes = None,
+    look: Annotated[
+        bool,
+        typer.Option("--search", help="Rank placements that fit on --nodes, or find the fewest GPUs that will do."),
+    ] = False,
     assume: Assume = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
 ) -> None:
     """What a PPO run needs and how long it takes, before anything starts: from the config (or a form such as
     configs/planning/workload.yaml) and the models' shapes alone. Exit code 0 if it fits, 1 if it does not."""
-    from rayrlhf.planning.command import plan_file, print_plan
+    from rayrlhf.planning.command import numbers, plan_asked, print_plans, read_asked
 
-    made = plan_file(config, overrides or (), hardware, nodes, assume or ())
-    print_plan(Console(), made, as_json)
-    raise typer.Exit(0 if made.fits else 1)
+    asked = read_asked(config, overrides or (), hardware, nodes, numbers(assume or ()))
+    plans = plan_asked(asked, look)
+    print_plans(Console(), plans, as_json, searched=look or not asked.is_placed)
+    raise typer.Exit(0 if plans[0].fits else 1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

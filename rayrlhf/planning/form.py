@@ -13,7 +13,7 @@ from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["Form", "is_form", "read_form"]
+__all__ = ["Form", "is_form", "lora_parameters", "read_form", "workload_of_form"]
 
 Model = str | dict[str, Any]
 
@@ -92,8 +92,6 @@ class Placement(Section):
     micro_batch_tokens: PositiveInt = 4096
     activation_checkpointing: bool = True
     offload_optimizer: bool = False
-    offload_frozen: bool = False
-    """Reference and reward model wait in the host's memory between passes."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.9
     max_sequences: PositiveInt = 256
 
@@ -119,10 +117,15 @@ def read_form(path: Path) -> Form:
     return validated(Form, read_yaml(path), str(path))
 
 
-def workload_of_form(form: Form, placement: Placement) -> Workload:
+# Where a placement is looked for: anything, every number in it is tried.
+ANYWHERE = Placement(
+    policy=RolePlace(), value=RolePlace(), reference=RolePlace(), reward=RolePlace(), rollout=EnginePlace()
+)
+
+
+def workload_of_form(form: Form) -> Workload:
     """Raises ModelError: a model whose shape cannot be read."""
-    work = form.workload
-    place = placement
+    work, place = form.workload, form.placement or ANYWHERE
     shapes = _shapes(work.models)
     adapters = {n: None if work.lora_rank is None else lora_parameters(s, work.lora_rank) for n, s in shapes.items()}
 

@@ -34,7 +34,7 @@ PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Of one device of a rank: `weights`, which a forward pass needs there, `rest`, which an optimizer step needs too."""
+    """Of one device of a rank: `weights`, for a forward pass; `rest`, for an optimizer step as well."""
 
     weights: Mapping[str, float]
     rest: Mapping[str, float] = field(default_factory=dict)

@@ -54,10 +54,6 @@ class Plan:
     def gpu_hours(self) -> float:
         return self.devices * self.seconds / 3600 if self.work.gpu else 0.0
 
-    def gib(self, role: str) -> float:
-        """Of one device, when this role is there as a whole."""
-        return self.memory[role].peak / GIB
-
     def as_json(self) -> dict[str, Any]:
         roles = {**self.work.roles, **({"train": self.work.train} if self.work.train else {})}
         return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -10,7 +12,7 @@ from rayrlhf.planning.memory import set_peak
 from rayrlhf.planning.plan import Plan
 from rayrlhf.planning.workload import Role
 
-__all__ = ["show_assumptions", "show_plan"]
+__all__ = ["show_assumptions", "show_placements", "show_plan"]
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -44,6 +46,27 @@ def show_assumptions(console: Console, plan: Plan) -> None:
         link = getattr(plan.hardware, place)
         table.add_row(f"link {place}", f"{link.gb_s:g}", "GB/s in one direction", link.source)
     console.print(table)
+
+
+def show_placements(console: Console, plans: Sequence[Plan]) -> None:
+    """The fastest first; whoever is slower takes fewer GPUs."""
+    table = Table(title="placements that fit", title_justify="left")
+    for column in ("GPUs", "s a step", "days", "GPU-hours"):
+        table.add_column(column, justify="right")
+    for column in ("ranks (ZeRO)", "on shared GPUs"):
+        table.add_column(column)
+    for plan in plans:
+        ranks = ", ".join(_ranks(role) for role in plan.work.roles.values())
+        sets = " | ".join(", ".join(roles) for roles in plan.work.shared)
+        days = f"{plan.seconds / 86400:.2g}"
+        table.add_row(f"{plan.devices:g}", f"{plan.time.seconds:.3g}", days, f"{plan.gpu_hours:,.0f}", ranks, sets)
+    console.print(table)
+
+
+def _ranks(role: Role) -> str:
+    if role.name == "rollout":
+        return f"rollout {role.ranks} x {role.devices:g}"
+    return f"{role.name} {role.ranks} ({role.zero_stage})"
 
 
 def _roles(plan: Plan) -> Table:

@@ -20,7 +20,7 @@ from rayrlhf.planning.lengths import response_lengths
 from rayrlhf.planning.memory import RankMemory
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["PHASES", "StepTime", "step_time"]
+__all__ = ["PHASES", "RoleClock", "StepTime", "step_time"]
 
 PHASES = ("generate", "score", "estimate", "update", "publish", "move")
 # What a step of Adam reads and writes of a parameter, in float32: gradient, weight and two moments; all but the first
@@ -38,7 +38,7 @@ class StepTime:
     """of the step: the phases' sum, or less where they overlap"""
 
 
-class _Clock:
+class RoleClock:
     """The arithmetic of one workload on one kind of hardware."""
 
     def __init__(self, work: Workload, hardware: Hardware, assume: Assumptions) -> None:
@@ -188,7 +188,7 @@ def _moves(role: str, memory: RankMemory) -> float:
 
 
 def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mapping[str, RankMemory]) -> StepTime:
-    clock, roles = _Clock(work, hardware, assume), work.roles
+    clock, roles = RoleClock(work, hardware, assume), work.roles
     rollout = roles["rollout"]
     cache = memory["rollout"].weights["key/value cache"] * (max(1.0, rollout.devices) if work.gpu else 1.0)
     generation = generate_seconds(rollout, work, hardware, assume, cache)
