@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class Assumptions:
         return {n: {"value": a.value, "unit": a.unit, "source": a.source} for n, a in self.known.items()}
 
 
+@cache
 def assumptions_for(kind: str) -> Assumptions:
     """Those for devices of this kind, `gpu` or `cpu`."""
     tree = read_yaml(Path(str(files("rayrlhf.planning").joinpath("assumptions.yaml"))))

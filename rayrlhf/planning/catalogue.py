@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rayrlhf.planning.shapes import ModelShape, shape_of
 __all__ = ["known_models", "shape_named"]
 
 
+@cache
 def known_models() -> dict[str, dict[str, Any]]:
     """The Hugging Face configs of models.yaml by name."""
     return read_yaml(Path(str(files("rayrlhf.planning").joinpath("models.yaml"))))

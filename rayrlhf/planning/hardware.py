@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +142,7 @@ def _resolved(
     return Hardware(name=name, device=device, assumptions=assumptions, **found)
 
 
+@cache
 def _builtin() -> _Table:
     with_path = files("rayrlhf.planning").joinpath("hardware.yaml")
     return validated(_Table, read_yaml(Path(str(with_path))), "hardware.yaml")

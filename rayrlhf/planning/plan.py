@@ -15,6 +15,9 @@ from rayrlhf.planning.workload import Role, Workload
 
 __all__ = ["Plan", "Shortfall", "make_plan"]
 
+# Of the host's memory, a process with its libraries.
+PROCESS_BYTES = GIB
+
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
@@ -131,7 +134,7 @@ def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mappi
         if over > 1:
             found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware)))
     found += _cache_too_small(work, memory)
-    return found + _host_too_small(work, hardware, assume, memory)
+    return found + _host_too_small(work, hardware, memory)
 
 
 def _too_large(roles: tuple[str, ...], over: float, room: float, hardware: Hardware) -> str:
@@ -154,31 +157,32 @@ def _cache_too_small(work: Workload, memory: Mapping[str, RankMemory]) -> list[S
     return [Shortfall(("rollout",), over, message)]
 
 
-def _host_too_small(
-    work: Workload, hardware: Hardware, assume: Assumptions, memory: Mapping[str, RankMemory]
-) -> list[Shortfall]:
+def _host_too_small(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
     """What a node's processes hold in its own memory: what is offloaded, and what waits while others have a device."""
-    waiting = dict.fromkeys(work.roles, 0.0)
+    per_device: list[tuple[float, float, tuple[str, ...]]] = []
     for roles in work.device_sets():
-        if len(roles) > 1:
-            for name in roles:
-                held = memory[name]
-                kept = held.weights["weights"] if name == "rollout" else held.resident - held.framework
-                waiting[name] = kept
-    nodes = max(1, math.ceil(work.devices() / hardware.per_node))
-    total = sum(
-        role.ranks * max(1.0, role.devices) * (sum(memory[name].host.values()) + waiting[name] + GIB)
-        for name, role in work.roles.items()
-    )
-    over = total / nodes - hardware.host_bytes
+        held = sum(_on_the_host(name, memory[name], waits=len(roles) > 1) for name in roles)
+        per_device.append((held, max(work.roles[r].ranks * work.roles[r].devices for r in roles), roles))
+    total, free, here = 0.0, float(hardware.per_node), list[str]()
+    for held, devices, roles in sorted(per_device, reverse=True):  # the fullest node there can be
+        if free > 0:
+            total += held * min(devices, free)
+            free -= devices
+            here += [name for name in roles if held > len(roles) * PROCESS_BYTES]
+    over = total - hardware.host_bytes
     if over <= 0:
         return []
-    roles = tuple(name for name in work.roles if memory[name].host or waiting[name])
     message = (
-        f"{' and '.join(roles)}: {total / nodes / GIB:.0f} GiB in a node's own memory, {over / GIB:.0f} more than the "
+        f"{' and '.join(here)}: {total / GIB:.0f} GiB in a node's own memory, {over / GIB:.0f} more than the "
         f"{hardware.host_bytes / GIB:.0f} there are"
     )
-    return [Shortfall(roles, over, message)]
+    return [Shortfall(tuple(here), over, message)]
+
+
+def _on_the_host(role: str, memory: RankMemory, waits: bool) -> float:
+    """Of one device's rank: what is offloaded, what waits while others work, and the process itself."""
+    kept = memory.weights["weights"] if role == "rollout" else memory.resident - memory.framework
+    return sum(memory.host.values()) + (kept if waits else 0.0) + PROCESS_BYTES
 
 
 def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:

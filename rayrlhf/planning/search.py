@@ -55,15 +55,15 @@ def search(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int, 
     """
     budget = gpus or nodes * hardware.per_node
     for offload in (False, True):
-        best: dict[tuple[float, Sets], tuple[float, Workload]] = {}
+        best: dict[tuple[float, Sets, bool], tuple[float, Workload]] = {}
         for candidate, seconds in _candidates(replace(work, offload_optimizer=offload), hardware, assume, budget):
-            key = (candidate.devices(), candidate.shared)
+            key = (candidate.devices(), candidate.shared, candidate.checkpointing)
             if key not in best or seconds < best[key][0]:
                 best[key] = (seconds, candidate)
         plans = [make_plan(candidate, hardware, assume, nodes) for _, candidate in best.values()]
-        # The supervised stages' workers are not what is placed here.
-        fitting = [plan for plan in plans if all(short.roles == ("train",) for short in plan.shortfalls)]
-        if fitting:
+        # The supervised stages' workers are not what is placed here; but what helps them is taken where it can be.
+        without = [plan for plan in plans if all(short.roles == ("train",) for short in plan.shortfalls)]
+        if fitting := [plan for plan in without if plan.fits] or without:
             return _frontier(fitting)
     return []
 

@@ -73,8 +73,8 @@ def _roles(plan: Plan) -> Table:
     unit = "GPU" if plan.work.gpu else "process"
     table = Table(title=f"{plan.hardware.device.title}: GiB a {unit}", title_justify="left")
     table.add_column("role", no_wrap=True)
-    for column in ("parameters", "ranks", "ZeRO", "weights", "gradients", "optimizer", "at work", "other", "GiB"):
-        table.add_column(column, justify="right")
+    for column in ("size", "ranks", "ZeRO", "model", "grads", "Adam", "work", "sum"):
+        table.add_column(column, justify="right", no_wrap=True)
     roles = [*plan.work.roles.values(), *([plan.work.train] if plan.work.train else [])]
     for role in roles:
         table.add_row(*_row(plan, role))
@@ -85,17 +85,16 @@ def _row(plan: Plan, role: Role) -> list[str]:
     memory = plan.memory[role.name]
     parts = memory.parts()
     groups = {
-        "weights": ("weights", "hpZ copy"),
+        "weights": ("weights", "hpZ copy", "key/value cache"),
         "gradients": ("gradients",),
         "optimizer": ("optimizer", "float32 weights", "average"),
         "working": tuple(memory.working),
     }
     sums = {name: sum(parts.get(part, 0.0) for part in members) for name, members in groups.items()}
-    other = memory.peak - sum(sums.values())
-    ranks = f"{role.ranks} x {role.devices:g}" if role.name == "rollout" and role.devices != 1 else str(role.ranks)
+    ranks = f"{role.ranks}x{role.devices:g}" if role.name == "rollout" and role.devices != 1 else str(role.ranks)
     zero = "" if role.name == "rollout" else str(role.zero_stage)
     cells = [_gib(sums[name]) for name in groups]
-    return [role.name, _count(role.shape.parameters), ranks, zero, *cells, _gib(other), _gib(memory.peak)]
+    return [role.name, _count(role.shape.parameters), ranks, zero, *cells, _gib(memory.peak)]
 
 
 def _phases(plan: Plan) -> Table:
@@ -118,7 +117,8 @@ def _whole(plan: Plan) -> str:
     step, steps = plan.time.seconds, plan.work.steps
     words = f"{step:.3g} s a step, {steps} steps: {_duration(plan.seconds)}"
     if plan.work.gpu:
-        words += f" on {plan.devices:g} GPUs ({plan.nodes} nodes), {plan.gpu_hours:,.1f} GPU-hours"
+        nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
+        words += f" on {plan.devices:g} GPUs ({nodes}), {plan.gpu_hours:,.1f} GPU-hours"
     return f"{words} (ppo alone; generating and learning overlap)" if plan.work.overlap else f"{words} (ppo alone)"
 
 
