@@ -178,7 +178,7 @@ class RoleClock:
         for roles in self.work.device_sets():
             if len(roles) > 1:
                 moved.append(sum(_moves(name, memory[name]) for name in roles))
-        return 2 * max(moved, default=0.0) / speed
+        return 2 * self.assume["moved"] * max(moved, default=0.0) / speed
 
 
 def _moves(role: str, memory: RankMemory) -> float:
