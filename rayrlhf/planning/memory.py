@@ -166,7 +166,9 @@ def _passes(role: Role, work: Workload, learns: bool) -> dict[str, float]:
     # What is asked for: the response's tokens, or all of a text's.
     asked = tokens if trains or reads_text else tokens * work.longest_response / work.longest
     if learns:
-        activations = activation_bytes(role.shape, tokens, size, work.checkpointing)
+        # Packed rows under sdpa have a mask; flash attention, on a GPU, needs none.
+        mask = 0 if work.gpu else work.longest
+        activations = activation_bytes(role.shape, tokens, size, work.checkpointing, mask)
     else:
         activations = _forward_bytes(role.shape, tokens, size)
     logits = 0.0 if role.shape.scalar else logits_bytes(asked, role.shape.vocab, size, learns)
@@ -178,25 +180,30 @@ def _fullest(budget: int, longest: int, sequences: int, role: Role) -> float:
     return float(max(longest, min(budget, -(-sequences // role.ranks) * longest)))
 
 
-def activation_bytes(shape: ModelShape, tokens: float, dtype_bytes: int, checkpointing: bool) -> float:
+def activation_bytes(shape: ModelShape, tokens: float, dtype_bytes: int, checkpointing: bool, mask: int = 0) -> float:
     """What autograd keeps of a forward pass for the backward pass, without dropout, attention by sdpa or flash.
 
     Counted as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do, tensor by tensor, for the modules of
     transformers: no s x s scores are kept, there are no dropout masks, and RMSNorm keeps float32 copies.
+
+    Args:
+        mask: keys in a row of the mask that sdpa is given; 0 for none.
     """
-    layer = tokens * _entries_per_token(shape, dtype_bytes) * dtype_bytes
+    layer = tokens * _entries_per_token(shape, dtype_bytes, mask) * dtype_bytes
     if checkpointing:
         return shape.layers * tokens * shape.hidden * dtype_bytes + layer
     return shape.layers * layer
 
 
-def _entries_per_token(shape: ModelShape, dtype_bytes: int) -> float:
+def _entries_per_token(shape: ModelShape, dtype_bytes: int, mask: int) -> float:
     """Entries (of the model's dtype) that one layer keeps of a token."""
     hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # RMSNorm: its input and the normalised in float32 (in half precision also cast back), and the product.
     # LayerNorm: its input, and what comes out.
     norm = hidden * (3 if dtype_bytes == 4 else 2 + 2) if shape.rms_norm else 2 * hidden
-    attention = 2 * queries + 2 * keys + queries  # q, k, v, what attention gives, and that in rows for the projection
+    # q, k, v and what attention gives. Under a mask keys and values are repeated for every query head, and each layer
+    # keeps the mask in its own dtype.
+    attention = 2 * queries + 2 * (queries if mask else keys) + mask
     inner = shape.mlp_width * (4 if shape.gated else 5)  # gate, its activation, up, product; or GELU written out
     return float(2 * norm + attention + inner)
 

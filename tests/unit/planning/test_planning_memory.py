@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
+from rayrlhf.config.model import FromScratch
+from rayrlhf.models.build import from_scratch
 from rayrlhf.planning.assumptions import assumptions_for
 from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.hardware import hardware_named
 from rayrlhf.planning.memory import RankMemory, activation_bytes, logits_bytes, rank_memory, set_peak
-from rayrlhf.planning.shapes import ModelShape
+from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
 from rayrlhf.planning.workload import Role, Workload
 
 GIB = 2**30
@@ -81,10 +84,47 @@ def test_lora_learns_few_weights(shape: ModelShape, workload: Make) -> None:
 
 
 def test_activations_of_a_layer_by_hand(shape: ModelShape) -> None:
-    """Per token in float32: two norms of 3 x 10, q k v and two of the output 10 + 5 + 5 + 2 x 10 (k and v are half as
-    wide), an MLP of 4 x 30: 60 + 40 + 120 = 220 entries."""
-    assert activation_bytes(shape, tokens=7, dtype_bytes=4, checkpointing=False) == 2 * 7 * 220 * 4
-    assert activation_bytes(shape, tokens=7, dtype_bytes=4, checkpointing=True) == 2 * 7 * 10 * 4 + 7 * 220 * 4
+    """Per token in float32: two norms of 3 x 10, q k v and the output 10 + 5 + 5 + 10 (k and v are half as wide), an
+    MLP of 4 x 30: 60 + 30 + 120 = 210 entries; with a mask of 8 keys 10 + 10 + 10 + 10 + 8 in place of 30."""
+    assert activation_bytes(shape, tokens=7, dtype_bytes=4, checkpointing=False) == 2 * 7 * 210 * 4
+    assert activation_bytes(shape, tokens=7, dtype_bytes=4, checkpointing=True) == 2 * 7 * 10 * 4 + 7 * 210 * 4
+    assert activation_bytes(shape, tokens=7, dtype_bytes=4, checkpointing=False, mask=8) == 2 * 7 * 228 * 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "kv_heads", "dtype"),
+    [("llama", None, "float32"), ("llama", 2, "float32"), ("llama", None, "bfloat16"), ("gpt2", None, "float32")],
+)
+def test_activations_are_what_autograd_keeps(architecture: str, kv_heads: int, dtype: str, packed: bool) -> None:
+    """Storages that are saved for the backward pass, of a model of three layers less those of one of one layer."""
+    kept = [saved_bytes(spec_of(architecture, kv_heads, layers), dtype, packed) for layers in (1, 3)]
+    shape = shape_of(from_scratch_config(spec_of(architecture, kv_heads, 2)), architecture)
+    size = 4 if dtype == "float32" else 2
+    counted = activation_bytes(shape, 4 * 64, size, checkpointing=False, mask=64 if packed else 0)
+    assert counted == pytest.approx(kept[1] - kept[0], rel=0.02)
+
+
+def spec_of(architecture: str, kv_heads: int, layers: int) -> FromScratch:
+    sizes = {"hidden_size": 128, "heads": 8, "kv_heads": kv_heads, "vocab_size": 400, "context": 64}
+    return FromScratch(architecture=architecture, layers=layers, **sizes)
+
+
+def saved_bytes(spec: FromScratch, dtype: str, packed: bool) -> int:
+    """Of all storages but the weights, for 4 rows of 64 tokens."""
+    model = from_scratch(spec, spec.vocab_size, 0, 1, seed=0).to(getattr(torch, dtype))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.arange(4 * 64).reshape(4, 64)
+    positions = torch.cat([torch.arange(24), torch.arange(40)]).expand(4, -1) if packed else None
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, torch.tensor([5]), position_ids=positions)
+    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
 
 
 def test_logits_are_held_in_one_chunk_or_in_several() -> None:
