@@ -148,6 +148,14 @@ def plan(
     overrides: Overrides = None,
     hardware: HardwareName = None,
     nodes: Nodes = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Half a minute of small models on this CPU first: the plan then rests on what they took, and so does "
+            "a later --hardware <run.output>/this-machine.yaml.",
+        ),
+    ] = False,
     look: Annotated[
         bool,
         typer.Option("--search", help="Rank placements that fit on --nodes, or find the fewest GPUs that will do."),
@@ -159,6 +167,10 @@ def plan(
     configs/planning/workload.yaml) and the models' shapes alone. Exit code 0 if it fits, 1 if it does not."""
     from rayrlhf.planning.command import numbers, plan_asked, print_plans, read_asked
 
+    if measure:
+        from rayrlhf.launch.calibrate import measure_this_machine
+
+        hardware = str(measure_this_machine(load_config(config, overrides or ()), hardware))
     asked = read_asked(config, overrides or (), hardware, nodes, numbers(assume or ()))
     plans = plan_asked(asked, look)
     print_plans(Console(), plans, as_json, searched=look or not asked.is_placed)

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from rayrlhf.config.root import Config
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config", "read_yaml", "validated"]
+__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "dump_yaml", "load_config", "read_yaml", "validated"]
 
 DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
 
@@ -56,8 +56,12 @@ def validated(section: type[S], tree: Any, source: str) -> S:
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML: every default written out."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
     stream = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), stream)
+    _yaml().dump(tree, stream)
     return stream.getvalue()
 
 
