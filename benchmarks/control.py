@@ -4,7 +4,7 @@
 
 A stand-in waits as long as the real thing would take, and answers with ids and empty handles. What is left is the
 driver's own work: its CPU seconds per rollout actor and step, the length of an overlapping step beside its longer side,
-and its memory over a hundred steps.
+its memory over a hundred steps, and the ledger's time for a step of 512 samples, the flush to the disk included.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ import ray
 import typer
 from common import machine, print_result, print_table
 
+from rayrlhf.actors.base import leaves_data
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
-from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.algorithms.kl import FixedKL
+from rayrlhf.checkpoint.ledger import Facts
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing
+from rayrlhf.driver.protocols import RolloutBatch, ScoredBatch
 from rayrlhf.metrics.clock import StepClock
+from rayrlhf.stages.ledger import Ledger
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.probe import ProbeRow
 from rayrlhf.weights.publish import EngineReceipt, SentBucket, WeightPublisher
@@ -55,17 +59,19 @@ class StandIn:
 
 
 class Engine(StandIn):
+    @leaves_data
     def generate(
         self, version: int, requests: Sequence[SampleRequest], at_once: int, temperature: float | None
-    ) -> tuple[list[RolloutInfo], list[Any]]:
+    ) -> tuple[list[RolloutInfo], bytes]:
         infos = [RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False, version) for r in requests]
         self.parts = iter([infos[start : start + at_once] for start in range(0, len(infos), at_once)])
         self.pause = self.seconds * at_once / len(requests)
         return self.next_part()
 
-    def next_part(self) -> tuple[list[RolloutInfo], list[Any]]:
+    @leaves_data
+    def next_part(self) -> tuple[list[RolloutInfo], bytes]:
         time.sleep(self.pause)
-        return next(self.parts), [ray.put(b"")]
+        return next(self.parts), b""
 
     def load_bucket(self, ticket: dict[str, Any]) -> None:
         if ticket["header"]["index"] == 0:
@@ -93,11 +99,13 @@ class Model(StandIn):
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return [0.0] * 2
 
-    def score(self, ids: Sequence[int], *chunks: bytes) -> list[Any]:
-        return [ray.put(b"")]
+    @leaves_data
+    def score(self, ids: Sequence[int], *chunks: bytes) -> tuple[dict[int, str], bytes]:
+        return {}, b""
 
-    def estimate(self, ids: Sequence[int], *rest: Any) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
-        return [ray.put(b"")], {"kl/mean": 0.0, "kl/per_token": 0.0, "reward/mean": 0.0}, []
+    @leaves_data
+    def estimate(self, ids: Sequence[int], *rest: Any) -> tuple[Any, bytes]:
+        return ({"kl/mean": 0.0, "kl/per_token": 0.0, "reward/mean": 0.0}, []), b""
 
     def update(self, minibatches: Sequence[Sequence[int]], *rest: Any) -> dict[str, float]:
         time.sleep(self.seconds)
@@ -111,7 +119,8 @@ class Nothing:
         self.marks: list[tuple[float, float, int]] = []
         """(wall, CPU, resident bytes) at the end of each step"""
 
-    async def save(self, step: int, kl_coef: float, metrics: Any, due: bool = False) -> None: ...
+    async def save(self, step: int, kl_coef: float, metrics: Any, due: bool = False) -> bool:
+        return False
 
     async def gauges(self) -> dict[str, float]:
         return {}
@@ -132,7 +141,7 @@ def main(
     ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, configure_logging=False)
     rows = [asyncio.run(_measure(count, steps)) for count in map(int, actors.split(","))]
     facts = {**machine("cpu"), "steps": steps, "growth_ratio": rows[-1]["driver_cpu_ms"] / rows[0]["driver_cpu_ms"]}
-    facts |= asyncio.run(_overlap()) | asyncio.run(_memory(memory_steps))
+    facts |= asyncio.run(_overlap()) | asyncio.run(_memory(memory_steps)) | {"ledger_step_ms": _ledger_ms()}
     ray.shutdown()
     if not as_json:
         print_table("driver CPU per rollout actor and step; stand-ins that take no time", rows)
@@ -168,6 +177,24 @@ async def _memory(steps: int) -> dict[str, float]:
     return {"memory_steps": steps, "driver_mib_after_20_steps": marks[19][2] / 2**20, "driver_mib_grown_since": grown}
 
 
+def _ledger_ms(samples: int = 512, steps: int = 50) -> float:
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # /tmp may be memory, on which a flush costs nothing
+        ledger, took = _new_ledger(folder, range(20_000), samples), list[float]()
+        stream = PromptStream(range(20_000), seed=0)
+        for step in range(1, steps + 1):
+            infos = tuple(RolloutInfo(r.sample_id, r.prompt_id, 64, 32, False) for r in stream.take(samples))
+            start = time.perf_counter()
+            ledger.step(step, ScoredBatch(RolloutBatch(infos, ()), (), step))
+            took.append(time.perf_counter() - start)
+    return 1000 * median(took)
+
+
+def _new_ledger(folder: str, prompt_ids: Sequence[int], batch_size: int) -> Ledger:
+    ledger = Ledger(Path(folder), Facts.of(0, prompt_ids, 1, batch_size))
+    ledger.start_from(None)
+    return ledger
+
+
 async def _run(engines: int, steps: int, generate_s: float, update_s: float, overlap: bool) -> list[Any]:
     groups = {
         role: ActorGroup(RolePlacement(role, engines if role == "rollout" else 1, 0.01, 0, 1), START_S)
@@ -188,7 +215,7 @@ async def _loop(groups: dict[str, ActorGroup], batch: int, steps: int, overlap: 
     prompts = [PromptTokens(i, [1] * 32) for i in range(4 * batch)]  # type: ignore[arg-type]
     pool = EnginePool(groups["rollout"], groups["policy"], WeightPublisher(ROWS, "float32", None), prompts)
     plan = StepPlan(batch, 1, 0, 1, 0, 1.0, lambda step: (1e-5, 1e-5))
-    nothing = Nothing()
+    nothing, ids = Nothing(), [p.prompt_id for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
         clock = StepClock(Path(folder) / "trace.json")
         parts = Parts(
@@ -197,11 +224,12 @@ async def _loop(groups: dict[str, ActorGroup], batch: int, steps: int, overlap: 
             learners=LearnerRoles(groups["policy"], groups["value"], plan),
             weights=pool,
             checkpoints=nothing,
+            ledger=_new_ledger(folder, ids, batch),
             sink=nothing,
             clock=clock,
             gauges=nothing.gauges,
         )
-        stream = PromptStream([p.prompt_id for p in prompts], seed=0)
+        stream = PromptStream(ids, seed=0)
         pacing = OverlapPacing(stream, batch, steps, clock, 1) if overlap else SyncPacing(stream, batch, steps, clock)
         await run_ppo(parts, pacing, FixedKL(0.0))
         clock.close()

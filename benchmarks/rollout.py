@@ -27,7 +27,8 @@ from lengths import NICE, GivenLengths, given_lengths
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement
-from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.actors.pool import EnginePool
+from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.config.model import FromScratch
 from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.models.build import from_scratch

@@ -26,7 +26,8 @@ from common import engine_settings, machine, print_result, print_table
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import ModelSettings, PolicyActor
 from rayrlhf.actors.placement import RolePlacement
-from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.actors.pool import EnginePool
+from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.config.model import FromScratch
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings

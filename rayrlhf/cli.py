@@ -177,6 +177,14 @@ def plan(
     raise typer.Exit(0 if plans[0].fits else 1)
 
 
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="folder of a run, such as runs/demo", metavar="RUN")]) -> None:
+    """Prove from a run's ledger that each sample was trained on or quarantined exactly once; exit code 1 if not."""
+    from rayrlhf.stages.audit import show_audit
+
+    show_audit(run, Console())
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,

@@ -6,9 +6,13 @@
     ├── ModelError (ValueError)           a model or tokenizer does not fit its role
     ├── ResourceError (RuntimeError)      the cluster lacks what the config asks for
     ├── ActorError (RuntimeError)         a remote actor failed
-    │   └── ActorTimeout (TimeoutError)   ... or did not answer before its deadline
+    │   ├── ActorLost                     ... its process is gone, and another may take its place
+    │   │   └── ActorTimeout (TimeoutError)   ... or it did not answer before its deadline
+    │   └── DataLost                      ... since what it was to work on went with a node
     ├── WeightSyncError (RuntimeError)    a publish could not be verified
+    │   └── PolicyMovedOn                 ... since the policy has learned after that version
     ├── CheckpointError (RuntimeError)    a checkpoint is damaged, or not of this run
+    ├── LedgerError (ValueError)          a ledger contradicts itself: samples were lost or doubled
     ├── TrainingError (RuntimeError)      a run-time guard found training numerically broken
     └── Stopped                           somebody asked the run to end; it can be resumed
 
@@ -21,11 +25,15 @@ from __future__ import annotations
 __all__ = [
     "USER_ERRORS",
     "ActorError",
+    "ActorLost",
     "ActorTimeout",
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DataLost",
+    "LedgerError",
     "ModelError",
+    "PolicyMovedOn",
     "RayRLHFError",
     "ResourceError",
     "Stopped",
@@ -65,17 +73,36 @@ class ResourceError(RayRLHFError, RuntimeError):
 class ActorError(RayRLHFError, RuntimeError):
     """A remote actor failed; the message names its role, rank and phase."""
 
+    role = ""
+    """whose it was"""
 
-class ActorTimeout(ActorError, TimeoutError):
+
+class ActorLost(ActorError):
+    """A remote actor's process is gone or hangs; a new one may take its place."""
+
+
+class ActorTimeout(ActorLost, TimeoutError):
     """A remote call passed its deadline; the message names role, rank and phase."""
+
+
+class DataLost(ActorError):
+    """Objects of Ray's store went with the node that held them; what they were made from has to be done again."""
 
 
 class WeightSyncError(RayRLHFError, RuntimeError):
     """A weight publish failed its fingerprint, coverage or log-prob probe."""
 
 
+class PolicyMovedOn(WeightSyncError):
+    """An engine that came late asked for a version that the policy is no longer."""
+
+
 class CheckpointError(RayRLHFError, RuntimeError):
     """A checkpoint is damaged or missing, or belongs to a run with other settings."""
+
+
+class LedgerError(RayRLHFError, ValueError):
+    """A run's ledger contradicts itself; the message names the line."""
 
 
 class TrainingError(RayRLHFError, RuntimeError):

@@ -152,6 +152,8 @@ class Scores:
     """float32 [R] per sample: value of the state before each response token (value model)"""
     rewards: dict[int, float] = field(default_factory=dict)
     """one scalar per sample, in the reward model's normalised units (reward model)"""
+    failed: dict[int, str] = field(default_factory=dict)
+    """samples without a score, and why: they must not train"""
 
     def merge(self, other: Scores) -> None:
         """Take in what another role, or another rank, says."""
@@ -159,6 +161,7 @@ class Scores:
         self.reference_logprobs.update(other.reference_logprobs)
         self.values.update(other.values)
         self.rewards.update(other.rewards)
+        self.failed.update(other.failed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rayrlhf.engines import distributed, estimation, learning, tasks
 from rayrlhf.engines.batches import spans
 from rayrlhf.models.build import PolicyModel, ScalarModel
-from rayrlhf.supervised import loop
+from rayrlhf.supervised import loop, ranking
 from rayrlhf.types import Experience, Rollout, RolloutInfo
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ class Ranks:
         self._barrier = threading.Barrier(size, timeout=20)
         self._mine = threading.local()
         self._slots: list[Any] = [None] * size
-        for module in (distributed, estimation, learning, loop, tasks):
+        for module in (distributed, estimation, learning, loop, ranking, tasks):
             for name in ("all_reduce_sum", "all_reduce_max"):
                 if hasattr(module, name):
                     monkeypatch.setattr(module, name, getattr(self, name))

@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
+import signal
 import socket
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import ray
 
-__all__ = ["Actor", "peak_memory_gib", "send_output_to", "use_rays_network"]
+__all__ = ["SHOW_STACK", "Actor", "Whereabouts", "leaves_data", "peak_memory_gib", "send_output_to", "use_rays_network"]
+
+# A process that gets this signal writes the stacks of its threads to its log.
+SHOW_STACK = signal.SIGUSR2
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def leaves_data(method: Method) -> Method:
+    """For methods that return two things: what the driver reads, and what stays in the object store.
+
+    The driver gets a handle of the second and owns it, so it outlives the actor that made it.
+    """
+    marked: Method = ray.method(num_returns=2)(method)
+    return marked
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where an actor's process is, for those who look after it from outside."""
+
+    node: str
+    """Ray's id of it"""
+    pid: int
+    started: float
+    """a process number is given to others in time"""
+    log: str
 
 
 class Actor:
     """Base of the Ray actors. Constructors return at once; the heavy part is `start`, so all ranks load together."""
 
     def __init__(self, log: str) -> None:
+        self._log = log
         send_output_to(Path(log))
+        faulthandler.register(SHOW_STACK, all_threads=True)  # into the log
 
     def close(self) -> None:
         """Give back what is held outside this process's memory; nothing, unless a role says otherwise."""
+
+    def whereabouts(self) -> Whereabouts:
+        return Whereabouts(self.node(), os.getpid(), psutil.Process().create_time(), self._log)
 
     def node(self) -> str:
         """Ray's id of the node this process runs on."""

@@ -6,23 +6,37 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from math import floor
+from time import perf_counter
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rayrlhf.actors.base import Whereabouts
+from rayrlhf.actors.nodes import end_process, stack_of
 from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.sharing import NEEDS, SharedDevices, held_by
+from rayrlhf.driver.recovery import Deadlines
 from rayrlhf.engines.distributed import Rendezvous
-from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, ResourceError
+from rayrlhf.errors import ActorError, ActorLost, ActorTimeout, DataLost, RayRLHFError, ResourceError
 
 __all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
 
 
+DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 # Actors that are asked to close before they are ended get this long.
 CLOSE_S = 3.0
+# When one rank dies the others' calls may fail before Ray knows of its death.
+SAME_CAUSE_S = 2.0
 
 
 class ActorGroup:
@@ -34,7 +48,12 @@ class ActorGroup:
         self.placement = placement
         self.actors: list[Any] = []
         self.devices = devices
+        self.deadlines: Deadlines | None = None
+        """For calls that say none of their own; `call_timeout_s` without it."""
         self._timeout = call_timeout_s
+        self._ahead = [0.0] * placement.ranks
+        self._where: list[Whereabouts | None] = [None] * placement.ranks
+        self._replaced = 0
         if devices is not None:
             self._bundles: PlacementGroup = devices.bundles
             devices.join(self)
@@ -48,6 +67,61 @@ class ActorGroup:
 
     async def spawn(self, actor_class: type, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
         """Create one actor per rank once there is room; they start in the background. Call `start` next."""
+        await self._room(timeout_s)
+        self._made_of = actor_class, list(arguments)
+        self.actors = [self._create(rank) for rank in range(len(arguments))]
+
+    async def respawn(
+        self, timeout_s: float, arguments: Sequence[tuple[Any, ...]] | None = None, rank: int | None = None
+    ) -> None:
+        """End all actors, or one, and create them anew as `spawn` did; nothing is started on them yet.
+
+        Args:
+            arguments: as of `spawn`; those of then if left out.
+        """
+        if arguments is not None:
+            self._made_of = self._made_of[0], list(arguments)
+        ranks = range(self.ranks) if rank is None else [rank]
+        await asyncio.gather(*(self._end(i) for i in ranks))
+        await self._room(timeout_s)  # on another node, if theirs is gone
+        self._replaced += 1
+        if self.devices is not None:
+            self.devices.replaced(self.role)
+        for i in ranks:
+            self.actors[i] = self._create(i)
+
+    async def locate(self, rank: int | None = None) -> None:
+        """Ask every rank, or one, where it is, once it has started: one that hangs later cannot say it any more."""
+        if rank is None:
+            self._where = await self.call("whereabouts")
+        else:
+            self._where[rank] = await self.call_rank(rank, "whereabouts")
+
+    def _create(self, rank: int) -> Any:
+        actor_class, arguments = self._made_of
+        strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank)
+        generation = f".{self._replaced}" if self._replaced else ""  # Ray gives a name free in its own time
+        return (
+            ray.remote(actor_class)
+            .options(
+                name=f"{self.role}-{rank}{generation}",
+                num_cpus=self.placement.cpus,
+                num_gpus=floor(1e4 * self.placement.gpus) / 1e4,  # Ray counts in such parts; thirds must fit in a GPU
+                resources=dict(self.placement.resources),
+                scheduling_strategy=strategy,
+                runtime_env={"env_vars": self.placement.environment()},
+            )
+            .remote(*arguments[rank])
+        )
+
+    async def _end(self, rank: int) -> None:
+        where, self._where[rank] = self._where[rank], None
+        with suppress(Exception):  # gone already
+            ray.kill(self.actors[rank])
+        if where is not None:
+            await end_process(where)
+
+    async def _room(self, timeout_s: float) -> None:
         try:
             await asyncio.wait_for(_as_future(self._bundles.ready()), timeout_s)
         except TimeoutError:
@@ -55,18 +129,6 @@ class ActorGroup:
                 f"{self.role}: no room for {self.ranks} x {self.placement.bundles()[0]} within {timeout_s:g} s",
                 f"lower cluster.{self.role}.*, or add nodes",
             ) from None
-        remote = ray.remote(actor_class)
-        for rank, args in enumerate(arguments):
-            strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank)
-            actor = remote.options(
-                name=f"{self.role}-{rank}",
-                num_cpus=self.placement.cpus,
-                num_gpus=floor(1e4 * self.placement.gpus) / 1e4,  # Ray counts in such parts; thirds must fit in a GPU
-                resources=dict(self.placement.resources),
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": self.placement.environment()},
-            ).remote(*args)
-            self.actors.append(actor)
 
     async def rendezvous(self, device: str, deterministic: bool, timeout_s: float) -> list[Rendezvous]:
         """Where rank 0 waits for the others: one process group per role."""
@@ -83,21 +145,23 @@ class ActorGroup:
         """Call `method` on every rank with its own arguments of `each`, then the shared ones.
 
         Returns:
-            Results in rank order.
+            Results in rank order; of a method that leaves data behind, pairs of what it says and the data's handle.
 
         Raises:
-            ActorTimeout, ActorError: naming role, rank and method. An error of ours that a rank raised comes through
-                as itself. The first failure is raised at once: the other ranks may wait for it forever.
+            ActorLost, ActorTimeout, ActorError: naming role, rank and method. An error of ours that a rank raised comes
+                through as itself. The first failure is raised at once: the other ranks may wait for it forever.
         """
         own = each or [()] * len(self.actors)
         needs = [(self, NEEDS[method])] if method in NEEDS else []
         async with held_by(*needs):
             refs = [getattr(a, method).remote(*mine, *shared) for a, mine in zip(self.actors, own, strict=True)]
-            return await self._wait(refs, method, timeout_s or self._timeout)
+            return await self._wait(refs, method, timeout_s)
 
-    async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
-        refs = [getattr(self.actors[rank], method).remote(*args)]
-        return (await self._wait(refs, method, self._timeout, first=rank))[0]
+    async def call_rank(self, rank: int, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        needs = [(self, NEEDS[method])] if method in NEEDS else []
+        async with held_by(*needs):
+            refs = [getattr(self.actors[rank], method).remote(*args)]
+            return (await self._wait(refs, method, timeout_s, first=rank))[0]
 
     def close(self) -> None:
         """End every actor and give the bundles back."""
@@ -108,29 +172,54 @@ class ActorGroup:
         else:
             remove_placement_group(self._bundles)
 
-    async def _wait(self, refs: list[Any], method: str, timeout_s: float, first: int = 0) -> list[Any]:
-        futures = [_as_future(ref) for ref in refs]
+    async def _wait(self, refs: list[Any], method: str, timeout_s: float | None, first: int = 0) -> list[Any]:
+        """The answers to calls of the ranks from `first` on."""
+        start, ranks = perf_counter(), range(first, first + len(refs))
+        own = timeout_s or (self.deadlines.of(method) if self.deadlines else self._timeout)
+        # An actor does one thing at a time: what it was asked before may take its own time first.
+        allowed = own + max(self._ahead[rank] for rank in ranks)
+        futures = [_as_future(ref[0] if isinstance(ref, list) else ref) for ref in refs]
+        for rank in ranks:
+            self._ahead[rank] += own
         try:
-            done, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+            done, pending = await asyncio.wait(futures, timeout=allowed, return_when=asyncio.FIRST_EXCEPTION)
+            if pending and len(futures) > 1 and any(future.exception() for future in done):
+                await asyncio.wait(pending, timeout=SAME_CAUSE_S)  # one that died breaks the others' calls first
         finally:
+            for rank in ranks:
+                self._ahead[rank] -= own
             for future in futures:  # also when the caller is cancelled: nobody asks for these any more
                 future.cancel()
         # All of them are asked for: asyncio prints a traceback for an exception that nobody looked at.
-        failures = {rank: f.exception() for rank, f in enumerate(futures, start=first) if f in done}
-        for rank, error in failures.items():
-            if error is not None:
-                raise explain(error, f"{self.role} rank {rank} failed in {method}", f"{self.role}-{rank}")
+        failures = {r: f.exception() for r, f in zip(ranks, futures, strict=True) if f.done() and not f.cancelled()}
+        if failed := {rank: error for rank, error in failures.items() if error is not None}:
+            rank = min(failed, key=lambda r: not isinstance(failed[r], DEATHS))
+            raise self._named(explain(failed[rank], f"{self.role} rank {rank} failed in {method}", self._log(rank)))
         if pending:
-            rank = first + next(i for i, f in enumerate(futures) if f in pending)
-            raise self._too_late(rank, method, timeout_s)
-        return [future.result() for future in futures]
+            rank = next(r for r, f in zip(ranks, futures, strict=True) if f in pending)
+            raise self._named(await self._too_late(rank, method, allowed))
+        if self.deadlines and not timeout_s:
+            self.deadlines.took(method, perf_counter() - start)
+        return [
+            (f.result(), ref[1]) if isinstance(ref, list) else f.result() for f, ref in zip(futures, refs, strict=True)
+        ]
 
-    def _too_late(self, rank: int, method: str, timeout_s: float) -> ActorTimeout:
+    async def _too_late(self, rank: int, method: str, timeout_s: float) -> ActorTimeout:
+        where = self._where[rank]
+        stuck = f"; it is in {await stack_of(where)}" if where else ""
         return ActorTimeout(
-            f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s",
-            "raise cluster.call_timeout_s if that is too short; else see "
-            f"logs/{self.role}-{rank}.log in the folder of the run",
+            f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s{stuck}",
+            "raise cluster.call_timeout_s (cluster.recovery.hang_floor_s) if that is too short; else see "
+            f"logs/{self._log(rank)}.log in the folder of the run",
         )
+
+    def _log(self, rank: int) -> str:
+        return f"{self.role}-{rank}"
+
+    def _named(self, error: BaseException) -> BaseException:
+        if isinstance(error, ActorError):
+            error.role = self.role
+        return error
 
 
 class KeptActors:
@@ -167,8 +256,10 @@ def explain(error: BaseException | None, where: str, log: str) -> BaseException:
     if isinstance(cause, RayRLHFError):
         return type(cause)(f"{where}: {cause.message}", cause.hint)
     hint = f"see logs/{log}.log in the folder of the run"
-    if isinstance(error, RayActorError):
-        return ActorError(f"{where}: the actor died", hint)
+    if isinstance(cause, ObjectLostError):
+        return DataLost(f"{where}: data that it was to work on is gone ({type(cause).__name__})", hint)
+    if isinstance(error, DEATHS):
+        return ActorLost(f"{where}: the actor died", hint)
     detail = f"{type(cause).__name__}: {cause}".splitlines()
     return ActorError(f"{where}: {detail[0]}", hint)
 

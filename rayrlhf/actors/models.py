@@ -15,10 +15,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
-from rayrlhf.actors.base import Actor, use_rays_network
+from rayrlhf.actors.base import Actor, leaves_data, use_rays_network
 from rayrlhf.actors.relay import attach_copy
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
@@ -30,8 +29,10 @@ from rayrlhf.engines.scoring import check_packing, probe_logprobs, score_logprob
 from rayrlhf.engines.snapshot import GRADIENTS, WEIGHTS, WEIGHTS_AFTER, save_adam, save_gradients, save_weights
 from rayrlhf.engines.state import load_state, save_state
 from rayrlhf.engines.tasks import LanguageTask
+from rayrlhf.errors import PolicyMovedOn
 from rayrlhf.models.build import PolicyModel, ScalarModel, load_policy, load_scalar
 from rayrlhf.models.residence import Part
+from rayrlhf.rewards.base import SourceSettings
 from rayrlhf.supervised.preference import response_logprobs
 from rayrlhf.types import Experience, Rollout, Scores
 from rayrlhf.weights.buckets import fingerprint, pack
@@ -68,6 +69,8 @@ class ModelSettings:
     """Responses that rank 0 decodes for samples.jsonl."""
     judge: Judge | None = None
     """Where the prompts are a world's."""
+    source: SourceSettings | None = None
+    """Where the rewards are not one reward model's (see sources.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +113,13 @@ class _ModelActor(Actor):
     def _load(self) -> Learner | FrozenModel:
         raise AssertionError("each role loads its own model")
 
-    def score(self, ids: Sequence[int], *chunks: list[Rollout]) -> Any:
-        """This role's `Scores` of the samples `ids`; returns a one-element list with their handle."""
+    @leaves_data
+    def score(self, ids: Sequence[int], *chunks: list[Rollout]) -> tuple[dict[int, str], Scores]:
+        """This role's `Scores` of the samples `ids`; first those that it could not score, with the reason."""
         rollouts = {r.info.sample_id: r for chunk in chunks for r in chunk}
         spare = min(rollouts.values(), key=lambda r: r.info.tokens)
-        return [ray.put(self._score([rollouts[i] for i in ids], spare))]
+        scores = self._score([rollouts[i] for i in ids], spare)
+        return scores.failed, scores
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         raise AssertionError("each role scores in its own way")
@@ -213,6 +218,8 @@ class PolicyActor(_LearnerActor):
     _sender: Sender | None = None
     _tokenizer: Any = None
     _world: World | None = None
+    _learned = False
+    """since the last publish began"""
 
     def hold_text(self, blocks: np.ndarray) -> None:
         """Pretraining text for PPO-ptx: int32 [blocks, L], a view of the object store."""
@@ -222,6 +229,7 @@ class PolicyActor(_LearnerActor):
         self, experiences: list[Experience], rows: list[list[int]], spare: Experience, rate: float, text: Text | None
     ) -> dict[str, float]:
         assert self.settings.update is not None
+        self._learned = True
         share = TextShare(self._blocks, *text) if text else None
         return update_policy(self.engine, experiences, rows, spare, self.settings.update, rate, share)
 
@@ -256,10 +264,11 @@ class PolicyActor(_LearnerActor):
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         return score_logprobs(self.engine, rollouts, spare, self.settings.cutting, self.settings.temperature)
 
+    @leaves_data
     def estimate(
         self, ids: Sequence[int], kl_coef: float, version: int, n_rollouts: int, *chunks: Any
-    ) -> tuple[list[Any], dict[str, float], list[dict[str, Any]]]:
-        """Experience of the samples `ids` (its handle in a list), metrics over all ranks, and a few samples as text.
+    ) -> tuple[tuple[dict[str, float], list[dict[str, Any]]], list[Experience]]:
+        """Metrics over all ranks, and a few samples as text; then the experience of the samples `ids`.
 
         Args:
             version: of the policy as it is now.
@@ -278,7 +287,7 @@ class PolicyActor(_LearnerActor):
             scored = torch.tensor([sum(gold.values()), len(gold)], dtype=torch.float64, device=self.engine.device)
             total = all_reduce_sum(scored)
             metrics["reward/gold"] = float(total[0] / total[1])
-        return [ray.put(experiences)], metrics, self._texts(experiences, scores, gold or {})
+        return (metrics, self._texts(experiences, scores, gold or {})), experiences
 
     def _gold(self, rollouts: Sequence[Rollout]) -> dict[int, float] | None:
         """The judge's score of each response by sample_id; it is reported, and nothing learns from it."""
@@ -296,12 +305,19 @@ class PolicyActor(_LearnerActor):
         assert self._sender is not None  # asked of ranks that send
         self._sender.meet(meeting)
 
-    def start_publish(self, version: int, elsewhere: bool) -> SentBucket | None:
+    def start_publish(self, version: int, elsewhere: bool, again: bool = False) -> SentBucket | None:
         """Cut the weights into buckets; the first of them, as `next_bucket`.
 
         Args:
             elsewhere: an engine is on another node than this role's rank 0.
+            again: the version was published before, and engines come late to it.
+
+        Raises:
+            PolicyMovedOn: these weights are not that version any more.
         """
+        if again:
+            self._check_same()
+        self._learned = False
         self._version, self._elsewhere, self._sent = version, elsewhere, 0
         asked = self._published_module(), self.settings.bucket_bytes
         self._last = len(self.engine.bucket_names(*asked)) - 1
@@ -310,6 +326,7 @@ class PolicyActor(_LearnerActor):
 
     def next_bucket(self) -> SentBucket | None:
         """Gather, pack and fingerprint one bucket. Every rank takes part; those that send have something to say."""
+        self._check_same()
         start, index = perf_counter(), self._sent
         tensors, last = next(self._buckets), index == self._last
         self._sent += 1
@@ -328,7 +345,15 @@ class PolicyActor(_LearnerActor):
         return SentBucket(ticket, digest, header.nbytes, last, packed - start, perf_counter() - packed)
 
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
+        self._check_same()
         return probe_logprobs(self.engine, rows)
+
+    def _check_same(self) -> None:
+        """With batches drawn ahead, an update may have been asked for between two calls of a late publish."""
+        if self._learned:
+            if hasattr(self, "_buckets"):
+                self._buckets.close()
+            raise PolicyMovedOn("the policy has learned since that version was published")
 
     def close(self) -> None:
         """Give shared memory back."""

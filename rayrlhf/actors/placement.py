@@ -56,14 +56,23 @@ class RolePlacement:
         return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def plan_ppo(config: Config, among: Collection[str] | None = None) -> list[RolePlacement]:
-    """The five roles of a PPO run; four where the advantages need no value model. Other stages take some: `among`."""
+def plan_ppo(
+    config: Config, among: Collection[str] | None = None, scoring_text: bool | None = None
+) -> list[RolePlacement]:
+    """The five roles of a PPO run; four where the advantages need no value model. Other stages take some: `among`.
+
+    Args:
+        scoring_text: whether the role reward reads text and so asks for no GPU; None, as PPO has it.
+    """
+    on_cpu = config.ppo.reward.sees_text if scoring_text is None else scoring_text
     cluster = config.cluster
     without = () if ESTIMATORS[config.ppo.advantage].needs_values else ("value",)
     names = [name for name in ROLES if name not in without and (among is None or name in among)]
 
     def gpus(role: str, rank: RankResources) -> float:
         """A role has its part of a device that it shares with others of these."""
+        if role == "reward" and on_cpu and rank.gpus is None:
+            return 0.0
         return cluster.gpus(rank) / (sum(other in names for other in cluster.sharing(role)) or 1)
 
     roles = [
@@ -114,7 +123,7 @@ def plans(config: Config) -> list[list[RolePlacement]]:
     groups = [[plan_training(config)]] if any(stage in TRAINING for stage in stages) else []
     for stage, roles in SAMPLING.items():
         if stage in stages:
-            groups.append(plan_ppo(config, roles))
+            groups.append(plan_ppo(config, roles, scoring_text=None if stage == "ppo" else False))
     return groups
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,35 +12,53 @@ import numpy as np
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.pacing import TextStream
-from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch
-from rayrlhf.errors import TrainingError
+from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch, ScoredPart
+from rayrlhf.errors import ActorError, ActorLost, TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
 __all__ = ["LearnerRoles", "ScorerRoles", "StepPlan", "TextPlan", "UpdateRecord", "memory_per_role", "score_with"]
+
+Replace = Callable[[str, ActorError], Awaitable[None]]
+"""Starts a role anew with its model; raises when it may not be any more."""
 
 
 class ScorerRoles:
     """Reference log-probs and rewards of the frozen roles; old log-probs and values of those that learn."""
 
-    def __init__(self, frozen: Sequence[ActorGroup], learning: Sequence[ActorGroup]) -> None:
+    def __init__(
+        self, frozen: Sequence[ActorGroup], learning: Sequence[ActorGroup], replace: Replace | None = None
+    ) -> None:
+        """Without `replace` a frozen role that is lost ends the batch."""
         self._frozen = frozen
         self._learning = learning
+        self._replace = replace
 
-    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        return await score_with(self._frozen, batch)
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
+        return await score_with(self._frozen, batch, self._replace)
 
     async def learning(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        return await score_with(self._learning, batch)
+        return (await score_with(self._learning, batch)).handles
 
 
-async def score_with(groups: Sequence[ActorGroup], batch: RolloutBatch) -> tuple[Handle, ...]:
-    """The scores of every response by these roles, all at once: handles of `Scores`."""
-    calls = [
-        group.call("score", *batch.handles, each=[(ids,) for ids in _deal(batch.infos, group.ranks)])
-        for group in groups
-    ]
-    results = await asyncio.gather(*calls)
-    return tuple(handle for ranks in results for handles in ranks for handle in handles)
+async def score_with(groups: Sequence[ActorGroup], batch: RolloutBatch, replace: Replace | None = None) -> ScoredPart:
+    """The scores of every response by these roles, all at once: handles of `Scores`.
+
+    A role that is lost is asked again once `replace` has brought it back.
+    """
+
+    async def ask(group: ActorGroup) -> list[Any]:
+        each = [(ids,) for ids in _deal(batch.infos, group.ranks)]
+        while True:
+            try:
+                return await group.call("score", *batch.handles, each=each)
+            except ActorLost as lost:
+                if replace is None:
+                    raise
+                await replace(group.role, lost)
+
+    answers = [answer for ranks in await asyncio.gather(*map(ask, groups)) for answer in ranks]
+    failed = {sample: reason for failures, _ in answers for sample, reason in failures.items()}
+    return ScoredPart(tuple(handle for _, handle in answers), failed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +122,8 @@ class LearnerRoles:
             *batch.scores,
             each=[(ids,) for ids in _deal(infos, self._policy.ranks, self._plan.samples_per_prompt)],
         )
-        handles = tuple(handle for handles, _, _ in results for handle in handles)
-        return ExperienceBatch(infos, handles, results[0][1], results[0][2])
+        (metrics, samples), _ = results[0]
+        return ExperienceBatch(infos, tuple(handle for _, handle in results), metrics, samples)
 
     async def update(self, experience: ExperienceBatch, step: int) -> StepReport:
         """Raises TrainingError when policy and reference, the same model on step 0, do not score tokens alike."""
@@ -186,6 +204,13 @@ def _deal(infos: Sequence[RolloutInfo], ranks: int, together: int = 1) -> list[l
 
 
 async def memory_per_role(groups: Sequence[ActorGroup]) -> dict[str, float]:
-    """memory/<role>_gib: of the role's largest rank."""
-    results: list[list[Any]] = list(await asyncio.gather(*(group.call("memory_gib") for group in groups)))
-    return {f"memory/{g.role}_gib": max(values) for g, values in zip(groups, results, strict=True)}
+    """memory/<role>_gib: of the role's largest rank, unless it is lost: the next call that matters will find out."""
+
+    async def ask(group: ActorGroup) -> dict[str, float]:
+        try:
+            return {f"memory/{group.role}_gib": max(await group.call("memory_gib"))}
+        except ActorLost:
+            return {}
+
+    answers = await asyncio.gather(*(ask(group) for group in groups))
+    return {name: value for answer in answers for name, value in answer.items()}

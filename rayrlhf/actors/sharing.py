@@ -67,6 +67,10 @@ class SharedDevices:
         if not self._groups:
             remove_placement_group(self.bundles)
 
+    def replaced(self, role: str) -> None:
+        """Ranks of the role are new: what of it is there has to be said to all of them again."""
+        self._there[role] = None
+
     @asynccontextmanager
     async def held_by(self, needs: Mapping[str, Part]) -> AsyncIterator[None]:
         """Wait for a turn, and let exactly these parts of these roles be on the devices meanwhile.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section
+from rayrlhf.config.base import NonNegative, NonNegativeInt, Positive, PositiveInt, Section
 
-__all__ = ["ClusterConfig", "RankResources", "RoleName", "RoleResources"]
+__all__ = ["ClusterConfig", "RankResources", "RecoveryConfig", "RoleName", "RoleResources"]
 
 
 class RankResources(Section):
@@ -29,6 +29,21 @@ class RoleResources(RankResources):
     ranks: PositiveInt = 1
 
 
+class RecoveryConfig(Section):
+    """What happens when an actor dies, or hangs."""
+
+    max_restarts: NonNegativeInt = 3
+    """Restarts of a role (of each engine, of the workers of a supervised stage) within `window_s`; one more failure
+    ends the run with a checkpoint. 0: the first one does."""
+    window_s: Positive = 3600.0
+    backoff_s: NonNegative = 1.0
+    """Seconds before the first restart; twice as many before each further one within the window."""
+    hang_floor_s: Positive = 60.0
+    """A call in PPO hangs when it takes longer than this and longer than ..."""
+    hang_factor: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)] = 10.0
+    """... so many times the longest one of its kind so far. The first of a kind may take `cluster.call_timeout_s`."""
+
+
 RoleName = Literal["policy", "reference", "reward", "value", "rollout"]
 
 
@@ -40,6 +55,7 @@ class ClusterConfig(Section):
     """Deadline for placing and starting the actors of a run."""
     call_timeout_s: Positive = 1800.0
     """Deadline for each remote call after that."""
+    recovery: RecoveryConfig = RecoveryConfig()
     policy: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()
     reward: RoleResources = RoleResources()

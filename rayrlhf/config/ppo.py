@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rayrlhf.config.base import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.config.training import Adam
 
 __all__ = ["KLConfig", "PPOConfig", "RolloutConfig", "WeightsConfig"]
@@ -83,6 +85,9 @@ class PPOConfig(Section):
     """Responses per step."""
     minibatch_size: PositiveInt = 64
     """Responses per optimizer step, over all ranks."""
+    max_failed_share: Fraction = 0.1
+    """Of a step's batch_size. Samples that could not be scored are put aside, and others drawn in their place; when
+    more of a step than this share fail, the run stops. One may always."""
     epochs: PositiveInt = 1
     """Passes over the batch."""
     pacing: PacingConfig = PacingConfig()
@@ -113,6 +118,7 @@ class PPOConfig(Section):
     lam: Fraction = 0.95
     kl: KLConfig = KLConfig()
     truncated: TruncationConfig = TruncationConfig()
+    reward: RewardSourceConfig = RewardSourceConfig()
     score: ScoreConfig = ScoreConfig()
     ptx: PTXConfig = PTXConfig()
     ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
@@ -122,6 +128,11 @@ class PPOConfig(Section):
     """Of the policy's and the value model's learners. One rank has nothing to shard: in float32 it uses 0 instead."""
     frozen_zero_stage: ZeroStage = 0
     """Reference and reward: whole on each rank (0) or sharded over the role's ranks (3)."""
+
+    @property
+    def max_failed(self) -> int:
+        """Samples of a step that may fail."""
+        return max(1, math.floor(self.max_failed_share * self.batch_size + 1e-6))  # 0.29 * 100 is 28.999...
 
     @model_validator(mode="after")
     def _minibatches_divide_the_batch(self) -> PPOConfig:

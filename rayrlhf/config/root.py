@@ -23,7 +23,7 @@ from rayrlhf.config.world import WorldConfig
 __all__ = ["Config"]
 
 # Keys of `ppo` that say how its actors are built.
-ARM_FIXED = ("arms", "advantage", "zero_stage", "frozen_zero_stage")
+ARM_FIXED = ("arms", "advantage", "reward", "zero_stage", "frozen_zero_stage")
 # What models beside the arms' are called, in a run's folder (`model_<name>`) and in its evaluation.
 NOT_ARMS = ("sft", "dpo", "ema")
 
@@ -50,12 +50,14 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
 
     def stages(self) -> tuple[StageName, ...]:
-        """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for."""
+        """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for, and the
+        reward model where PPO takes its rewards from elsewhere."""
+        without = "ppo" in self.run.stages and self.ppo.reward.kind != "model"
         given = {
             "pretrain": self.model.path,
             "sft": self.sft.path,
-            "collect": self.collect is None,
-            "reward": self.reward.path,
+            "collect": self.collect is None or (without and "dpo" not in self.run.stages),
+            "reward": self.reward.path or without,
         }
         return tuple(stage for stage in STAGES if stage in self.run.stages and not given.get(stage))
 
@@ -69,7 +71,7 @@ class Config(Section):
         tree = self.model_dump(mode="json")
         tree["ppo"]["arms"] = {}
         for dotted, value in changes.items():
-            if dotted in ARM_FIXED:
+            if dotted.partition(".")[0] in ARM_FIXED:
                 raise ValueError(f"ppo.arms.{name}.{dotted}: belongs to the actors, which all arms share")
             _set(tree["ppo"], dotted, value, f"ppo.arms.{name}")
         try:
@@ -164,8 +166,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _given_models_share_a_tokenizer(self) -> Config:
-        if self.model.from_scratch and (self.sft.path or self.reward.path):
-            key = "sft.path" if self.sft.path else "reward.path"
+        given: dict[str, Any] = {"sft.path": self.sft.path, "reward.path": self.reward.path}
+        if "ppo" in self.stages():
+            given["ppo.reward.models"] = self.ppo.reward.models
+        if self.model.from_scratch and any(given.values()):
+            key = next(key for key, path in given.items() if path)
             raise ValueError(
                 f"{key} and model.from_scratch contradict each other: a new tokenizer fits no existing model; "
                 "name the base model in model.path"
@@ -205,6 +210,15 @@ class Config(Section):
                     "ppo.pacing.kind is overlap but cluster.shared puts policy and rollout on the same devices, where "
                     "they work in turns: take sync, or devices of their own"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_of_text_share_no_device(self) -> Config:
+        if "ppo" in self.stages() and self.ppo.reward.sees_text and self.cluster.sharing("reward"):
+            raise ValueError(
+                f"cluster.shared has reward and ppo.reward.kind is {self.ppo.reward.kind}, which has no model on any "
+                "device: take reward out of cluster.shared"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["Cut", "Cutting", "balance", "epoch_order", "micro_batches", "pad_rows"]
+__all__ = ["Cut", "Cutting", "SampleOrder", "balance", "epoch_order", "micro_batches", "pad_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,25 @@ def pad_rows(rows: Sequence[np.ndarray], value: float, dtype: DTypeLike) -> np.n
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """int64 [n]: a permutation of range(n), fresh for each epoch and the same for the same (seed, epoch)."""
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class SampleOrder:
+    """Which prompt each sample of a run answers, samples being numbered from 0 without an end.
+
+    Each epoch visits every prompt once, in a fresh shuffle, for `repeats` samples in a row.
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], seed: int, repeats: int = 1) -> None:
+        self._prompt_ids = prompt_ids
+        self._repeats = repeats
+        # A step's samples may lie in two epochs.
+        self._epoch = lru_cache(maxsize=2)(partial(epoch_order, len(prompt_ids), seed))
+
+    def __call__(self, sample: int) -> tuple[int, int, int]:
+        """Its epoch, prompt id, and index among the prompt's samples of that epoch."""
+        place, index = divmod(sample, self._repeats)
+        epoch, place = divmod(place, len(self._prompt_ids))
+        return epoch, self._prompt_ids[int(self._epoch(epoch)[place])], index
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -10,6 +10,8 @@
                              │
               policy ────► rollout (vLLM)         "publish"    the next version, verified
                              │
+                          ledger                               what became of each sample
+                             │
                           disk                    "save"       when due, once the step's record is written
 
 The driver holds handles, ids and scalars; tokens go from actor to actor.
@@ -20,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
 from rayrlhf.driver.protocols import (
     Checkpoints,
     Learners,
+    Ledger,
     MetricSink,
     RolloutBatch,
     RolloutPool,
@@ -35,7 +38,7 @@ from rayrlhf.driver.protocols import (
     Scorers,
     Weights,
 )
-from rayrlhf.errors import Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, RayRLHFError, Stopped, TrainingError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
@@ -58,6 +61,7 @@ class Parts:
     learners: Learners
     weights: Weights
     checkpoints: Checkpoints
+    ledger: Ledger
     sink: MetricSink
     clock: StepClock
     gauges: Callable[[], Awaitable[dict[str, float]]]
@@ -74,12 +78,14 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
 
     Raises:
         Stopped: `parts.stop` was set; responses under way are dropped, a step that learns is ended, then all is saved.
+        ActorLost, DataLost: what learns, or what it was to learn from, is gone; go on from a checkpoint.
+        ActorError, TrainingError: no more batches can be had; saved, unless it was the learning that failed.
     """
     clock, metrics = parts.clock, dict[str, float]()
     await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
     clock.start_step()
     async with aclosing(pacing.scored_batches(parts.rollout, parts.scorers)) as batches:
-        while batch := await _unless(parts.stop, batches):
+        while batch := await _next(parts, batches, (step, kl.coef, metrics)):
             staleness = _staleness(batch, pacing.max_staleness)
             with clock.phase("estimate"):
                 experience = await parts.learners.estimate(batch, kl.coef)
@@ -88,7 +94,9 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             with clock.phase("publish"):
                 published = await parts.weights.publish(version=step + 1)
             step += 1
+            parts.ledger.step(step, batch)
             record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
+            record["rollout/quarantined"] = len(batch.quarantined)
             kl.update(report.kl, report.num_samples)
             parts.sink.write_samples(step, experience.samples)
             record |= await parts.gauges()
@@ -97,16 +105,32 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             clock.start_step()
             metrics = report.metrics
             with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
-                await parts.checkpoints.save(step, kl.coef, metrics)
+                await _save(parts, step, kl.coef, metrics)
     if parts.stop.is_set():
-        await parts.checkpoints.save(step, kl.coef, metrics, due=True)
+        await _save(parts, step, kl.coef, metrics, due=True)
         done = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(f"stopped {done}", "go on with --resume")
     return step
 
 
+async def _next(
+    parts: Parts, batches: AsyncGenerator[ScoredBatch], learned: tuple[int, float, dict[str, float]]
+) -> ScoredBatch | None:
+    """The next batch; None after the last one, or as soon as the run is to stop.
+
+    When it cannot be had, and nobody is to be replaced, what has been learned is saved before the error goes on.
+    """
+    try:
+        return await _unless(parts.stop, batches)
+    except (ActorLost, DataLost):
+        raise
+    except (ActorError, TrainingError):
+        with suppress(RayRLHFError):
+            await _save(parts, *learned, due=True)
+        raise
+
+
 async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> ScoredBatch | None:
-    """The next batch; None after the last one, or as soon as `stop` is set."""
     coming, stopping = asyncio.ensure_future(anext(batches, None)), asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([coming, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -115,6 +139,11 @@ async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> 
         for waiting in (coming, stopping):
             waiting.cancel()
         await asyncio.gather(coming, stopping, return_exceptions=True)
+
+
+async def _save(parts: Parts, step: int, kl_coef: float, metrics: dict[str, float], due: bool = False) -> None:
+    if await parts.checkpoints.save(step, kl_coef, metrics, due):
+        parts.ledger.checkpoint(step)
 
 
 def _publish_metrics(published: Publication) -> dict[str, Any]:

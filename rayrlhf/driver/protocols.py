@@ -7,7 +7,7 @@ inside: it works with ids and scalars only.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
@@ -18,10 +18,13 @@ __all__ = [
     "ExperienceBatch",
     "Handle",
     "Learners",
+    "Ledger",
     "MetricSink",
+    "Quarantined",
     "RolloutBatch",
     "RolloutPool",
     "ScoredBatch",
+    "ScoredPart",
     "Scorers",
     "Weights",
 ]
@@ -45,11 +48,31 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredPart:
+    """What the frozen models say of some responses."""
+
+    handles: tuple[Handle, ...]
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """sample_id -> why it could not be scored: nobody may learn from it"""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A response that is not learned from; another was drawn in its place."""
+
+    sample_id: int
+    prompt_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredBatch:
     rollouts: RolloutBatch
+    """those to learn from; quarantined ones may still lie in its handles"""
     scores: tuple[Handle, ...]
     version: int
     """of the policy that learns from it"""
+    quarantined: tuple[Quarantined, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +91,8 @@ class RolloutPool(Protocol):
 
 
 class Scorers(Protocol):
-    async def frozen(self, batch: RolloutBatch) -> tuple[Handle, ...]:
-        """Reference log-probs and rewards: the same whenever they are asked for."""
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
+        """Reference log-probs and rewards: the same whenever they are asked for. A sample may fail to be scored."""
         ...
 
     async def learning(self, batch: RolloutBatch) -> tuple[Handle, ...]:
@@ -87,8 +110,20 @@ class Weights(Protocol):
 
 
 class Checkpoints(Protocol):
-    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
-        """If it is due, or said to be. `kl_coef`: of the next step."""
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> bool:
+        """If it is due, or said to be; whether a checkpoint was written. `kl_coef`: of the next step."""
+        ...
+
+
+class Ledger(Protocol):
+    """What became of each sample; on the disk when a call returns."""
+
+    def step(self, step: int, batch: ScoredBatch) -> None:
+        """It learned from the batch, and its weights are published."""
+        ...
+
+    def checkpoint(self, step: int) -> None:
+        """All up to this step can be gone on from."""
         ...
 
 

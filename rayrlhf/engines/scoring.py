@@ -15,6 +15,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.batches import Layout, RolloutBatch, cut_rollouts, dummy_rollout, last_tokens, lay_out
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.errors import ModelError
+from rayrlhf.rewards.base import Failure, outcome
 from rayrlhf.types import Rollout, Scores
 from rayrlhf.weights.probe import ProbeRow
 
@@ -56,7 +57,7 @@ def score_values(
 def score_rewards(
     engine: Learner | FrozenModel, rollouts: Sequence[Rollout], spare: Rollout, cutting: Cutting
 ) -> Scores:
-    """One reward per response, read at its last token: the EOS when there is one."""
+    """One reward per response, read at its last token: the EOS when there is one; not finite, it has `failed`."""
 
     def forward(module: Module, batch: RolloutBatch) -> Tensor:
         return module(**batch.layout.inputs, positions=batch.last_positions)
@@ -66,7 +67,11 @@ def score_rewards(
     scores = Scores()
     for batch, result in zip(batches, results, strict=True):
         for rollout, value in zip(batch.rollouts, result.tolist(), strict=True):
-            scores.rewards[rollout.info.sample_id] = value
+            found = outcome(value, "model: the score")
+            if isinstance(found, Failure):
+                scores.failed[rollout.info.sample_id] = found.reason
+            else:
+                scores.rewards[rollout.info.sample_id] = found
     return scores
 
 

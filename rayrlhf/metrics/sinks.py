@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,16 @@ class JsonLines:
     def write(self, record: Mapping[str, Any]) -> None:
         self._file.write(to_json(record) + "\n")
         self._file.flush()
+
+    def keep(self, stays: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the records that do not stay; the file is whole at any time."""
+        path = Path(self._file.name)
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if line and stays(json.loads(line))]
+        self._file.close()
+        aside = path.with_name(f".{path.name}.kept")
+        aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(aside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
         self._file.close()
@@ -82,6 +92,11 @@ class RunSink:
 
     def write_sample(self, record: Mapping[str, Any]) -> None:
         self._samples.write(record)
+
+    def keep(self, stays: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop records of both files; wandb shows what it was told, and what is done again beside it."""
+        for file in (self._metrics, self._samples):
+            file.keep(stays)
 
     def close(self) -> None:
         for sink in (self._metrics, self._samples, self._wandb):

@@ -38,6 +38,7 @@ __all__ = [
     "load_scalar",
     "new_scalar",
     "read_config",
+    "zero_scalar",
 ]
 
 # Where a reward model keeps what makes its scores comparable: (raw - bias) / scale.
@@ -225,15 +226,28 @@ def load_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
 
 def new_scalar(path: str, trust_remote_code: bool, seed: int) -> ScalarModel:
     """The backbone of `path` under a fresh head with weights from N(0, 1 / (D + 1)) (Stiennon et al. 2020)."""
+    torch.manual_seed(seed)
+    model = _with_head(path, trust_remote_code)
+    head: nn.Linear = model.classifier.score
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return model
+
+
+def zero_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
+    """The backbone of `path` under a head of zeros: a value model that expects nothing until it has learned."""
+    model = _with_head(path, trust_remote_code)
+    nn.init.zeros_(model.classifier.score.weight)
+    return model
+
+
+def _with_head(path: str, trust_remote_code: bool) -> ScalarModel:
     config = _without_dropout(read_config(path, trust_remote_code))
     config.num_labels = 1
-    torch.manual_seed(seed)
     classifier = AutoModelForSequenceClassification.from_pretrained(
         path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
     )
     model = ScalarModel(classifier)
     model.normalise(0.0, 1.0)  # a model to be trained counts as it is
-    nn.init.normal_(classifier.score.weight, std=(classifier.score.in_features + 1) ** -0.5)
     return model
 
 

@@ -127,7 +127,7 @@ def _frozen(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     working = _passes(role, work, learns=False)
     if role.zero_stage == 3:
         working["gathered"] = float(size * max(min(work.live_parameters, parameters), role.shape.largest_layer))
-    weights = {"weights": size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
+    weights = {"weights": role.copies * size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
     return RankMemory(weights, {}, working, assume["framework_gib"] * GIB, {}, 4.0 * parameters)
 
 

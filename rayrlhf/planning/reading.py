@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rayrlhf.config import Config
 from rayrlhf.config.cluster import RankResources
 from rayrlhf.config.deepspeed import zero_stage_in_use
@@ -79,7 +81,12 @@ def _reward_shape(config: Config, policy: ModelShape) -> ModelShape:
     """Of the reward model, which the value model starts from; `reward` makes it from the SFT model."""
     if given := config.plan.shapes.get("reward"):
         return shape_named(given, "plan.shapes.reward").as_scalar()
-    return shape_named(config.reward.path, "reward.path").as_scalar() if config.reward.path else policy.as_scalar()
+    source = config.ppo.reward
+    if source.kind == "ensemble":
+        return shape_named(source.models[0], "ppo.reward.models").as_scalar()
+    if config.reward.path and not source.sees_text:
+        return shape_named(config.reward.path, "reward.path").as_scalar()
+    return policy.as_scalar()
 
 
 def _roles(config: Config, policy: ModelShape, reward: ModelShape) -> dict[str, Role]:
@@ -108,6 +115,10 @@ def _roles(config: Config, policy: ModelShape, reward: ModelShape) -> dict[str, 
     }
     if ppo.advantage in WITHOUT_VALUES:
         del roles["value"]
+    if ppo.reward.sees_text:  # a function or a service: no model, and nobody knows how long it takes
+        del roles["reward"]
+    elif ppo.reward.kind == "ensemble":
+        roles["reward"] = replace(roles["reward"], copies=len(ppo.reward.models))
     return roles
 
 

@@ -60,7 +60,7 @@ class RoleClock:
         passes = self._passes(tokens)
         gathering = self._gather(role) * passes if role.zero_stage == 3 else 0.0
         fixed = passes * assume["micro_batch_ms"] + assume["call_ms"]
-        return max(computing, gathering) + fixed * 1e-3
+        return role.copies * (max(computing, gathering) + fixed * 1e-3)
 
     def update(self, role: Role) -> float:
         """All minibatches of a step."""

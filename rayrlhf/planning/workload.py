@@ -31,6 +31,8 @@ class Role:
     """parameters that learn (LoRA); None: all"""
     average: bool = False
     """an average of the weights is kept"""
+    copies: int = 1
+    """models of this shape on each rank: of an ensemble, its members"""
 
     @property
     def learned(self) -> int:

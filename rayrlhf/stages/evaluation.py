@@ -17,11 +17,12 @@ from typing import Any
 
 import ray
 
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import score_with
-from rayrlhf.actors.rollout import EnginePool
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import sample_seed
 from rayrlhf.driver.protocols import RolloutBatch
+from rayrlhf.errors import TrainingError
 from rayrlhf.evaluation.summary import choice, summarise
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.lineage import absolute
@@ -39,7 +40,7 @@ BASE = "sft"
 
 def run_eval(context: StageContext, parents: dict[str, str], workspace: Path) -> dict[str, Any]:
     """Evaluate what the run has made; leaves evaluation.json and answers.jsonl in the workspace."""
-    return evaluate_models(context, arm_models(context.config, parents), parents["reward"], workspace)
+    return evaluate_models(context, arm_models(context.config, parents), parents.get("reward"), workspace)
 
 
 def evaluate_models(
@@ -176,8 +177,14 @@ class _Evaluation:
     async def _score(self, batches: Sequence[RolloutBatch], roles: Sequence[str]) -> Scores:
         groups, scores = [self.roles.groups[role] for role in roles], Scores()
         for batch in batches:
-            for handle in await score_with(groups, batch):
+            for handle in (await score_with(groups, batch, self.roles.replace)).handles:
                 scores.merge(await handle)
+        if scores.failed:
+            sample, reason = next(iter(scores.failed.items()))
+            raise TrainingError(
+                f"eval: {len(scores.failed)} responses have no reward, such as sample {sample}: {reason}",
+                "the reward model is broken: train it anew, or name another",
+            )
         return scores
 
     async def _measure(self) -> dict[str, Any]:

@@ -11,12 +11,15 @@ from rayrlhf.actors.placement import TRAINING
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore, content_key, hash_model_folder
 from rayrlhf.config import Config
 from rayrlhf.config.base import Section
+from rayrlhf.config.ppo import PPOConfig
+from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.config.run import STAGES, StageName
 from rayrlhf.data.readers import fingerprint_sources
 from rayrlhf.errors import ConfigError
+from rayrlhf.rewards.function import source_file
 from rayrlhf.stages.datasets import block_tokens
 
-__all__ = ["PARENTS", "Lineage", "absolute"]
+__all__ = ["PARENTS", "Lineage", "absolute", "ppo_section"]
 
 # Raise when a stage comes to compute something else from the same inputs.
 RECIPE_VERSION = 1
@@ -79,8 +82,13 @@ class Lineage:
         return {parent: self._keys[parent] for parent in self.parents(stage)}
 
     def parents(self, stage: StageName) -> tuple[StageName, ...]:
-        """What `stage` starts from: models, the rankings collected, and for eval every policy that the run makes."""
-        parents = PARENTS[stage]
+        """What `stage` starts from: models, the rankings collected, and for eval every policy that the run makes.
+
+        No reward model where PPO's rewards come from elsewhere, unless `reward.path` names one for eval.
+        """
+        parents, elsewhere = PARENTS[stage], self._config.ppo.reward.kind != "model"
+        if elsewhere and (stage == "ppo" or (stage == "eval" and self._config.reward.path is None)):
+            parents = tuple(parent for parent in parents if parent != "reward")
         if stage in ("reward", "dpo") and self._config.collect is not None:
             parents = (*parents, "collect")
         if stage == "eval":
@@ -150,12 +158,30 @@ class Lineage:
             **({"block_tokens": block_tokens(config)} if mixed else {}),
             **({"judge": hash_model_folder(absolute(judge))} if judge else {}),
             **({"world_module": _file_hash(config.world.module)} if "world" in SECTIONS[stage] else {}),
+            **({"reward_source": _reward_source(config.ppo.reward)} if stage == "ppo" else {}),
         }
+
+
+def ppo_section(ppo: PPOConfig) -> dict[str, Any]:
+    """As JSON, less the keys of `ppo.reward` that decide no reward, such as time limits."""
+    return ppo.model_dump(mode="json") | {"reward": ppo.reward.deciding()}
 
 
 def _section(config: Config, name: str) -> dict[str, Any] | None:
     section: Section | None = getattr(config, name)  # `collect` may be left out
+    if isinstance(section, PPOConfig):
+        return ppo_section(section)
     return None if section is None else section.model_dump(mode="json")
+
+
+def _reward_source(reward: RewardSourceConfig) -> dict[str, Any]:
+    """What its rewards depend on beside its keys: the function's file (not what that imports), the ensemble's models.
+    Of a service only the address is known."""
+    file = None if reward.function is None else source_file(reward.function)
+    return {
+        "function": None if file is None else _file_hash(str(file)),
+        "models": [hash_model_folder(absolute(path)) for path in reward.models],
+    }
 
 
 def absolute(path: str) -> str:

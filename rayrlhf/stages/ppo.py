@@ -23,17 +23,21 @@ from rayrlhf.actors.models import Judge
 from rayrlhf.actors.placement import plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan
 from rayrlhf.algorithms.kl import AdaptiveKL, FixedKL
+from rayrlhf.checkpoint.ledger import LEDGER, Accounted, Facts
+from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing, TextStream
 from rayrlhf.engines.schedule import linear_warmup
-from rayrlhf.errors import Stopped
+from rayrlhf.errors import ActorLost, DataLost, Stopped
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.metrics.sinks import JsonLines, read_jsonl
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.ledger import Ledger
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.roles import RoleSet, first_ratio
 from rayrlhf.stages.saving import RECORDS, PolicySaver
+from rayrlhf.stages.sources import plan_models
 from rayrlhf.stages.verification import VerifiedLearners
 
 __all__ = ["join_arms", "judge_of", "run_ppo_stage"]
@@ -61,12 +65,11 @@ class _Run:
     def __init__(self, context: StageContext, parents: dict[str, str], workspace: Path) -> None:
         self.context = context
         self.workspace = workspace
-        # The value model starts from the reward model, its head included (Ouyang et al. 2022, appendix C.4).
-        sft, reward = parents["sft"], parents["reward"]
-        models = {"policy": sft, "reference": sft, "reward": reward, "value": reward}
+        prompts = context.data.prompts
+        planned = plan_models(context.config, parents, prompts.records)
         roles = [placement.role for placement in plan_ppo(context.config)]
-        judge = judge_of(context.config, context.data.prompts.texts)
-        self.roles = RoleSet(context, roles, models, context.data.prompts.tokens, judge)
+        judge = judge_of(context.config, prompts.texts)
+        self.roles = RoleSet(context, roles, planned.models, prompts.tokens, judge, planned)
         self.parents = parents
         self.stop = asyncio.Event()
 
@@ -83,6 +86,7 @@ class _Run:
                 await self.roles.start(next(iter(arms.values())))
                 if self.context.data.uses_text:
                     await self.roles.hold_text(self.text_blocks())
+                self.roles.watch()
                 ready = perf_counter()
                 for number, (name, config) in enumerate(arms.items()):
                     if self.stop.is_set():
@@ -98,6 +102,7 @@ class _Run:
                 if loop.remove_signal_handler(signal.SIGTERM):
                     signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
         join_arms(self.workspace, list(results))
+        shutil.copy2(self.context.folder / LEDGER, self.workspace / LEDGER)
         counts = self.context.data.prompts.counts
         return results[name] | {"arms": results, "data": counts, "start_seconds": ready - start}
 
@@ -146,11 +151,11 @@ class _Arm:
         """`reload`: the learners hold what another arm left."""
         start = perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if reload:
-            self.progress.phase("reloading")
-            learners = [role for role in ("policy", "value") if role in self.roles.groups]
-            await asyncio.gather(*(self.roles.reload(role, self.config) for role in learners))
-        await self._loop()
+        sink = _StageSink(self.context, self.progress, self.name, self.config.ppo.steps, self.folder)
+        try:
+            await self._until_done(sink, reload)
+        finally:
+            sink.close()
         self.progress.phase("saving")
         await self._saver().save_to(self.folder)
         history = read_jsonl(self.folder / "metrics.jsonl")  # from disk: the driver keeps nothing per step
@@ -159,23 +164,62 @@ class _Arm:
     def _saver(self) -> PolicySaver:
         return PolicySaver(self.roles.groups, self.context, self.config, self.folder, self.name)
 
-    async def _loop(self) -> None:
-        ppo, groups, saver = self.config.ppo, self.roles.groups, self._saver()
-        found = await saver.resume() if self.context.resume else None
-        done, state = (found.step, found.state) if found else (0, {})
-        pool = self.roles.pool()
-        plan = self._step_plan(state.get("text_drawn", 0))
-        saver.text = plan.text.stream if plan.text else None
-        learners = LearnerRoles(groups["policy"], groups.get("value"), plan)
-        sink = _StageSink(self.context, self.progress, self.name, ppo.steps, self.folder)
+    async def _until_done(self, sink: _StageSink, reload: bool) -> None:
+        """The loop; once more from the newest checkpoint, or from the start, each time that a learner is lost."""
+        found = await self._saver().resume() if self.context.resume else None
         if found:
             sink.write_again(found.folder)
+        while True:
+            try:
+                if reload and not found:
+                    self.progress.phase("reloading")
+                    await asyncio.gather(*(self.roles.reload(role, self.config) for role in self._learners()))
+                return await self._loop(sink, found)
+            except (ActorLost, DataLost) as lost:
+                found = await self._restore(lost, sink)
+                reload = True
+
+    async def _restore(self, lost: ActorLost | DataLost, sink: _StageSink) -> Checkpoint | None:
+        """Bring the learners back to the newest checkpoint, and take back the records after it.
+
+        Raises:
+            ActorError: it is no learner, or it may not be replaced again.
+        """
+        self.progress.phase("recovering")
+        while True:
+            if isinstance(lost, ActorLost):
+                if lost.role not in self._learners():
+                    raise lost
+                await self.roles.replace(lost.role, lost)
+            try:
+                found = await self._saver().resume()
+                break
+            except ActorLost as another:  # both may go with their node
+                lost = another
+        sink.roll_back(found.step if found else 0)
+        return found
+
+    def _learners(self) -> list[str]:
+        return [role for role in ("policy", "value") if role in self.roles.groups]
+
+    async def _loop(self, sink: _StageSink, found: Checkpoint | None) -> None:
+        """PPO from a checkpoint that the learners hold, or from the start."""
+        ppo, groups, saver = self.config.ppo, self.roles.groups, self._saver()
+        saver.go_on_from(found)
+        done, state = (found.step, found.state) if found else (0, {})
+        ledger = self._ledger()
+        accounted = ledger.start_from(found)
+        pool = self.roles.pool()
+        plan = self._step_plan(state.get("text_drawn", 0))
+        saver.text, saver.ledger = plan.text.stream if plan.text else None, ledger
+        learners = LearnerRoles(groups["policy"], groups.get("value"), plan)
         parts = Parts(
             rollout=pool,
-            scorers=ScorerRoles(*self._scoring_groups()),
+            scorers=ScorerRoles(*self._scoring_groups(), self.roles.replace),
             learners=self._verified(learners) if self.context.verify_step else learners,
             weights=pool,
             checkpoints=saver,
+            ledger=ledger,
             sink=sink,
             clock=self.clock,
             gauges=partial(self.roles.memory, without="rollout"),  # which says it with each publish
@@ -183,23 +227,29 @@ class _Arm:
         )
         coef = state.get("kl_coef", ppo.kl.coef)
         kl = AdaptiveKL(coef, ppo.kl.target, ppo.kl.horizon) if ppo.kl.target else FixedKL(coef)
-        try:
-            done = await run_ppo(parts, self._pacing(done), kl, done)
-            if self.name is not None and self.config.checkpoint.every:
-                await saver.save(done, kl.coef, {}, due=True)  # a later arm may be cut short: this one is done
-        finally:
-            sink.close()
+        done = await run_ppo(parts, self._pacing(done, accounted), kl, done)
+        # A later arm may be cut short: this one is done.
+        if self.name is not None and self.config.checkpoint.every and await saver.save(done, kl.coef, {}, due=True):
+            ledger.checkpoint(done)
+        ledger.end(done)
 
     def _verified(self, learners: LearnerRoles) -> VerifiedLearners:
         stage, blocks = self.stage, self.stage.text_blocks() if self.config.ppo.ptx.coef else None
         return VerifiedLearners(self.context, stage.parents, self.roles.groups, learners, blocks, self.progress.phase)
 
-    def _pacing(self, done: int) -> SyncPacing | OverlapPacing:
+    def _ledger(self) -> Ledger:
         ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]
-        stream = PromptStream(prompts, self.config.run.seed, ppo.samples_per_prompt, done * ppo.batch_size)
+        facts = Facts.of(self.config.run.seed, prompts, ppo.samples_per_prompt, ppo.batch_size)
+        return Ledger(self.context.folder, facts, self.name)
+
+    def _pacing(self, done: int, accounted: Accounted) -> SyncPacing | OverlapPacing:
+        """`done` steps are, in which these samples were."""
+        ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]
+        stream = PromptStream(prompts, self.config.run.seed, ppo.samples_per_prompt, accounted)
+        batches = (stream, ppo.batch_size, ppo.steps, self.clock)
         if ppo.pacing.kind == "sync":
-            return SyncPacing(stream, ppo.batch_size, ppo.steps, self.clock, done)
-        return OverlapPacing(stream, ppo.batch_size, ppo.steps, self.clock, ppo.pacing.max_staleness, done)
+            return SyncPacing(*batches, done, ppo.max_failed)
+        return OverlapPacing(*batches, ppo.pacing.max_staleness, done, ppo.max_failed)
 
     def _scoring_groups(self) -> tuple[list[ActorGroup], list[ActorGroup]]:
         """The frozen roles and those that learn; not the policy where the engine's log-probs stand for its own."""
@@ -262,6 +312,17 @@ class _StageSink:
         for sample in samples:
             self._context.sink.write_sample(sample)
             self._kept[1].write(sample)
+
+    def roll_back(self, step: int) -> None:
+        """Take back the records of later steps: those steps are done again."""
+
+        def stays(record: Mapping[str, Any]) -> bool:
+            mine = record.get("arm") == self._arm.get("arm") and record.get("stage", "ppo") == "ppo"
+            return not mine or record["step"] <= step
+
+        for file in self._kept:
+            file.keep(stays)
+        self._context.sink.keep(stays)
 
     def write_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         for sample in samples:

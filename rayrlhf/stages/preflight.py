@@ -19,6 +19,7 @@ from rayrlhf.errors import ConfigError, DataError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
 from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.stages.lineage import absolute
+from rayrlhf.stages.sources import check_source
 from rayrlhf.weights.transports import TRANSPORTS
 from rayrlhf.worlds.base import create_world
 
@@ -30,6 +31,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 __all__ = [
     "check_compared",
     "check_data",
+    "check_ensemble",
     "check_evaluation",
     "check_files",
     "check_models",
@@ -69,8 +71,12 @@ def check_models(config: Config) -> None:
         known = ", ".join(sorted(TRANSPORTS))
         raise ConfigError(f"weights.transport: no transport {config.weights.transport!r}", f"one of {known}")
     if "ppo" in config.stages():
+        check_source(config)
         for arm in config.arms().values():
             _check_advantage(arm)
+        for number, member in enumerate(config.ppo.reward.models):
+            key, longest = f"ppo.reward.models[{number}]", config.rollout.max_tokens
+            _check_judge(config, key, absolute(member), "rollout.max_tokens", longest)
     named = {"model.path": config.model.path, "sft.path": config.sft.path, "reward.path": config.reward.path}
     for key, path in named.items():
         if path is not None:
@@ -79,7 +85,7 @@ def check_models(config: Config) -> None:
         _check_dropout(config)
     if config.cluster.device == "cpu" and any(stage in SAMPLING for stage in config.stages()):
         _check_head_size(config)
-    if config.reward.path is not None and "ppo" in config.stages():
+    if config.reward.path is not None and "ppo" in config.stages() and config.ppo.reward.kind == "model":
         _check_reward_model(config, absolute(config.reward.path))
     if "sft" in config.stages() and config.sft.select.reward_model is not None:
         judge, longest = absolute(config.sft.select.reward_model), config.sft.max_response_tokens
@@ -109,6 +115,7 @@ def check_verify_step(config: Config, step: int) -> None:
             f"take step {ppo.value_warmup_steps + 1} or later",
         )
     covered: dict[str, tuple[Any, Any]] = {
+        "ppo.reward.kind": (ppo.reward.kind, "model"),
         "ppo.advantage": (ppo.advantage, "gae"),
         "ppo.score.normalize": (ppo.score.normalize, "none"),
         "ppo.score.clip": (ppo.score.clip, None),
@@ -219,6 +226,12 @@ def check_selection(config: Config, data: Datasets) -> None:
         )
     if select.reward_model is not None:
         _check_vocabulary(config, "sft.select.reward_model", absolute(select.reward_model), data.tokenizer)
+
+
+def check_ensemble(config: Config, data: Datasets) -> None:
+    """The reward models of PPO's ensemble read the same tokens."""
+    for number, path in enumerate(config.ppo.reward.models):
+        _check_vocabulary(config, f"ppo.reward.models[{number}]", absolute(path), data.tokenizer)
 
 
 def check_evaluation(config: Config, data: Datasets) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 from rayrlhf.checkpoint.store import CheckpointStore
 from rayrlhf.config import Config
 from rayrlhf.errors import ConfigError
+from rayrlhf.stages.lineage import ppo_section
 
 __all__ = ["check_same", "has_checkpoints", "inputs_of_arm", "store_of_arm"]
 
 # Inputs of the ppo stage that do not change what is learned; all others must be as they were.
 MAY_CHANGE = (
     "sections.ppo.steps",
+    "sections.ppo.max_failed_share",
     "sections.weights",
     *(f"sections.rollout.{key}" for key in ("engines", "kv_cache_gib", "gpu_memory_utilization", "max_sequences")),
     "sections.rollout.tensor_parallel",
@@ -32,7 +34,7 @@ def store_of_arm(run: Path, config: Config, arm: str | None) -> CheckpointStore:
 
 def inputs_of_arm(inputs: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The ppo stage's inputs, with the section as this arm has it; as JSON, where a tuple is a list."""
-    sections = inputs.get("sections", {}) | {"ppo": config.ppo.model_dump(mode="json")}
+    sections = inputs.get("sections", {}) | {"ppo": ppo_section(config.ppo)}
     found: dict[str, Any] = json.loads(json.dumps({**inputs, "sections": sections}, default=str))
     return found
 

@@ -73,9 +73,9 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     """Worker: train, measure on held-out rankings, normalise, save."""
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.tasks import RankingTask
     from rayrlhf.models.build import new_scalar
     from rayrlhf.supervised.loop import train
+    from rayrlhf.supervised.ranking import RankingTask
 
     assert job.model is not None
     model = new_scalar(job.model, job.trust_remote_code, job.seed)
@@ -104,7 +104,7 @@ def _evaluate(
     unit_variance: bool,
 ) -> dict[str, Any]:
     """What the trained scores are worth, then what they are counted in from now on."""
-    from rayrlhf.engines.tasks import RankingTask, score_sequences
+    from rayrlhf.supervised.ranking import RankingTask, score_sequences
 
     result: dict[str, Any] = {}
     if heldout:

@@ -15,12 +15,14 @@ import ray
 from rayrlhf.actors.group import CLOSE_S, ActorGroup
 from rayrlhf.actors.models import Judge, ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
 from rayrlhf.actors.placement import SAMPLING, RolePlacement, plan_ppo
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import memory_per_role
-from rayrlhf.actors.rollout import EnginePool, RolloutActor
+from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.actors.sharing import SharedDevices
 from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
 from rayrlhf.data.batching import Cutting
+from rayrlhf.driver.recovery import Deadlines
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits
 from rayrlhf.engines.learning import UpdateSettings
@@ -28,6 +30,8 @@ from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.errors import ActorError
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.replacements import Replacements
+from rayrlhf.stages.sources import PPOModels
 from rayrlhf.stages.training import learner_settings
 from rayrlhf.types import PromptTokens
 from rayrlhf.weights.probe import probe_rows
@@ -56,14 +60,25 @@ class RoleSet:
         models: Mapping[str, str],
         prompts: Sequence[PromptTokens],
         judge: Judge | None = None,
+        planned: PPOModels | None = None,
     ) -> None:
+        """`planned`: PPO's, whose rewards may come from elsewhere than a reward model."""
         self._context = context
         self._config = context.config
         self._models = models
         self._prompts = prompts
         self._judge = judge
+        self._source = planned.source if planned else None
+        self._actors = MODEL_ROLES | dict(planned.actors if planned else {})
         self.groups: dict[str, ActorGroup] = {}
-        self._planned = plan_ppo(context.config, roles)
+        self._planned = plan_ppo(context.config, roles, scoring_text=self._reads_text())
+        self._replacements = Replacements(
+            context.config.cluster.recovery, context.folder / "recoveries.jsonl", context.console
+        )
+        self._pool: EnginePool | None = None
+        self._settings: dict[str, ModelSettings] = {}
+        """what each role has been started with"""
+        self._text: Any = None
 
     async def start(self, config: Config | None = None) -> None:
         """All roles at once: each waits mostly for its own imports. `config` may differ from the run's in settings."""
@@ -73,29 +88,79 @@ class RoleSet:
         for placement in self._planned:
             role, limit = placement.role, self._config.cluster.call_timeout_s
             self.groups[role] = kept[role] or ActorGroup(placement, limit, devices.get(role))
-        handle = ray.put(list(self._prompts))
+        self._handle = ray.put(list(self._prompts))
 
         async def start_model(role: str) -> None:
             group, settings = self.groups[role], self.settings(role, config or self._config)
+            self._settings[role] = settings
             if kept[role]:
                 await group.call("reload", settings, timeout_s=timeout)
                 return
-            logs = [(self._context.log(f"{role}-{rank}"), settings) for rank in range(group.ranks)]
-            await group.spawn(MODEL_ROLES[role], logs, timeout)
-            meeting = await group.rendezvous(self._config.cluster.device, self._config.run.deterministic, timeout)
-            await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
+            await group.spawn(self._actors[role], self._arguments(role), timeout)
+            await self._load(role)
 
         async def start_engines() -> None:
             group, settings = self.groups["rollout"], self._engine_settings()
             if kept["rollout"]:
-                await group.call("hold_prompts", handle, timeout_s=timeout)
+                await group.call("hold_prompts", self._handle, timeout_s=timeout)
                 return
             logs = [(self._context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
             await group.spawn(RolloutActor, logs, timeout)
-            await group.call("start", handle, timeout_s=timeout)
+            await group.call("start", self._handle, timeout_s=timeout)
+            await group.locate()
 
         engines = [start_engines()] if "rollout" in self.groups else []
         await asyncio.gather(*engines, *(start_model(role) for role in MODEL_ROLES if role in self.groups))
+
+    def _arguments(self, role: str) -> list[tuple[Any, ...]]:
+        ranks = range(self.groups[role].ranks)
+        return [(self._context.log(f"{role}-{rank}"), self._settings[role]) for rank in ranks]
+
+    async def _load(self, role: str) -> None:
+        """Let ranks that have just been created become the role."""
+        group, timeout = self.groups[role], self._config.cluster.start_timeout_s
+        meeting = await group.rendezvous(self._config.cluster.device, self._config.run.deterministic, timeout)
+        await group.call("start", each=[(r,) for r in meeting], timeout_s=timeout)
+        await group.locate()
+
+    async def replace(self, role: str, cause: ActorError) -> None:
+        """Give the role new processes in place of those that are lost, with the model that it was last given.
+
+        Raises:
+            ActorError: it has been replaced too often.
+        """
+        timeout = self._config.cluster.start_timeout_s
+
+        async def start() -> None:
+            group = self.groups[role]
+            await group.respawn(timeout, self._arguments(role))
+            await self._load(role)
+            if role == "policy" and self._text is not None:
+                await group.call("hold_text", self._text)
+
+        await self._replacements.replace(role, cause, start)
+        if self._pool is not None and role == "policy":
+            self._pool.policy_moved()
+
+    async def _replace_engine(self, rank: int, cause: ActorError) -> None:
+        timeout, group = self._config.cluster.start_timeout_s, self.groups["rollout"]
+
+        async def start() -> None:
+            await group.respawn(timeout, rank=rank)
+            await group.call_rank(rank, "start", self._handle, timeout_s=timeout)
+            await group.locate(rank)
+
+        await self._replacements.replace(f"rollout-{rank}", cause, start)
+
+    def watch(self) -> None:
+        """From here on a call that takes much longer than its like has hung: batches are of one size now."""
+        recovery, cap = self._config.cluster.recovery, self._config.cluster.call_timeout_s
+        for role, group in self.groups.items():
+            floor = recovery.hang_floor_s
+            if role == "reward" and self._reads_text():  # it has limits of its own, and within them it has not hung
+                ppo = self._config.ppo
+                floor = max(floor, ppo.reward.longest_s(math.ceil(ppo.batch_size / group.ranks)))
+            group.deadlines = Deadlines(min(floor, cap), recovery.hang_factor, cap)
 
     def _shared_devices(self) -> dict[str, SharedDevices]:
         """By role: those of `cluster.shared` that this stage uses two or more roles of."""
@@ -106,22 +171,31 @@ class RoleSet:
                 devices |= dict.fromkeys((p.role for p in placements), SharedDevices(placements))
         return devices
 
+    def _reads_text(self) -> bool:
+        return self._source is not None and self._source.config.sees_text
+
     def pool(self) -> EnginePool:
         """The engines, published to from the policy."""
+        if self._pool is not None:
+            return self._pool
         config = self._config
         rows = probe_rows(len(self._context.data.tokenizer), config.weights.probe_tokens, self._context_tokens())
         publisher = WeightPublisher(rows, config.model.dtype, config.weights.probe_tolerance)
         engines, policy, fixed = self.groups["rollout"], self.groups["policy"], config.run.deterministic
         transport, workers = config.weights.transport, config.rollout.tensor_parallel
-        return EnginePool(engines, policy, publisher, self._prompts, fixed, transport, workers)
+        self._pool = EnginePool(
+            engines, policy, publisher, self._prompts, fixed, transport, workers, self._replace_engine
+        )
+        return self._pool
 
     async def hold_text(self, blocks: np.ndarray) -> None:
-        await self.groups["policy"].call("hold_text", ray.put(blocks))
+        self._text = ray.put(blocks)
+        await self.groups["policy"].call("hold_text", self._text)
 
     async def reload(self, role: str, config: Config, model: str | None = None) -> None:
         """Let the role's ranks begin again as `config` has it, with their own model or another."""
-        timeout = config.cluster.start_timeout_s
-        await self.groups[role].call("reload", self.settings(role, config, model), timeout_s=timeout)
+        self._settings[role] = self.settings(role, config, model)
+        await self.groups[role].call("reload", self._settings[role], timeout_s=config.cluster.start_timeout_s)
 
     async def memory(self, without: str = "") -> dict[str, float]:
         """GiB of the largest rank, by role, and the driver's; a role that is busy would be waited for."""
@@ -137,15 +211,21 @@ class RoleSet:
         local = cluster.address is None and cluster.device == "cpu" and not cluster.shared
         if stage in self._config.stages() and local:
             for placement in self._planned:
-                if placement.role in (SAMPLING[stage] or self.groups):
+                whole = placement.role != "rollout" or self._pool is None or self._pool.whole
+                if placement.role in (SAMPLING[stage] or self.groups) and whole:
+                    self.groups[placement.role].deadlines = None
                     self._context.kept.put(placement.role, self._fit(placement), self.groups.pop(placement.role))
 
     def _fit(self, placement: RolePlacement) -> Any:
         """What actors of this role must have in common to be used again."""
-        return (placement, self._engine_settings() if placement.role == "rollout" else None)
+        own = self._engine_settings() if placement.role == "rollout" else self._actors[placement.role]
+        return (placement, own)
 
     async def stop(self) -> None:
         """End every actor that is not kept; what it holds outside its own memory is given back first."""
+
+        if self._pool is not None:
+            await self._pool.close()
 
         async def give_back(role: str) -> None:
             group = self.groups.get(role)
@@ -177,6 +257,7 @@ class RoleSet:
             run=config.run.name,
             samples=config.tracking.samples_per_step,
             judge=self._judge if role == "policy" else None,
+            source=self._source if role == "reward" else None,
         )
 
     def _context_tokens(self) -> int:

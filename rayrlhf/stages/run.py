@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
+from rayrlhf.checkpoint.ledger import LEDGER
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
 from rayrlhf.errors import ConfigError, RayRLHFError, Stopped
@@ -51,7 +52,7 @@ BODIES: dict[StageName, Callable[[StageContext, dict[str, str], Path], dict[str,
     "eval": run_eval,
 }
 # What a stage leaves in the run's folder: files, and its policy, the recipe's own or the baseline's beside it.
-LEFT: dict[StageName, tuple[str, ...]] = {"ppo": ("trace.json",), "eval": ("evaluation.json", "answers.jsonl")}
+LEFT: dict[StageName, tuple[str, ...]] = {"ppo": ("trace.json", LEDGER), "eval": ("evaluation.json", "answers.jsonl")}
 POLICIES: dict[StageName, str] = {"dpo": "model_dpo", "ppo": "model"}
 
 
@@ -90,6 +91,8 @@ def run(
     counts = preflight.check_data(data, todo)
     if "sft" in todo:
         preflight.check_selection(config, data)
+    if "ppo" in todo:
+        preflight.check_ensemble(config, data)
     if "eval" in todo:
         preflight.check_evaluation(config, data)
     preflight.check_world(config, data, todo)
@@ -244,7 +247,7 @@ class _Run:
             self.folder.rename(aside)
             self.console.print(f"the earlier run of this name is now {aside}", highlight=False, soft_wrap=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "trace.json"):
+        for name in ("metrics.jsonl", "samples.jsonl", "summary.json", "trace.json", *(() if resumable else (LEDGER,))):
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rayrlhf.actors.rollout import EnginePool
+from rayrlhf.actors.pool import EnginePool
 from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.types import Rollout, SampleRequest
 

@@ -14,6 +14,7 @@ from rayrlhf.config import Config
 from rayrlhf.driver.pacing import TextStream
 from rayrlhf.errors import CheckpointError
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.ledger import Ledger
 from rayrlhf.stages.resume import inputs_of_arm, store_of_arm
 
 __all__ = ["RECORDS", "PolicySaver"]
@@ -46,11 +47,14 @@ class PolicySaver:
         self._store = store_of_arm(context.folder, config, arm)
         self.text: TextStream | None = None
         """PPO-ptx's, whose place is part of the state"""
+        self.ledger: Ledger | None = None
+        """whose account of the samples is"""
 
-    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
-        """A checkpoint, every `checkpoint.every` steps or when it is `due`, and once for a step."""
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> bool:
+        """A checkpoint, every `checkpoint.every` steps or when it is `due`, once for a step; whether it was written."""
         if step == self._saved or not (due or (self._every and step % self._every == 0)):
-            return
+            return False
+        assert self.ledger is not None
         partial = self._store.begin(step)
         await self.save_to(partial)
         for names in await self._each("save_state", partial / "state"):
@@ -62,10 +66,12 @@ class PolicySaver:
                     )
         for name in RECORDS:
             shutil.copy2(self._folder / name, partial / name)
-        state = {"kl_coef": kl_coef, "text_drawn": self.text.drawn if self.text else 0}
+        text_drawn, accounted = self.text.drawn if self.text else 0, self.ledger.accounted.to_state()
+        state = {"kl_coef": kl_coef, "text_drawn": text_drawn, "accounted": accounted}
         # Hashing and flushing take a while, and the next step's responses may be on their way.
         await asyncio.to_thread(self._store.finish, step, state, self._inputs, metrics.get("reward/mean"))
         self._saved = step
+        return True
 
     async def resume(self) -> Checkpoint | None:
         """Let the learners become what the newest whole checkpoint holds, if there is one.
@@ -79,8 +85,10 @@ class PolicySaver:
         self._store.set_aside(found.step if found else -1)
         if found is not None:
             await self._each("load_state", found.folder / "state")
-            self._saved = found.step
         return found
+
+    def go_on_from(self, found: Checkpoint | None) -> None:
+        self._saved = found.step if found else 0
 
     async def _each(self, method: str, folder: Path) -> list[list[Any]]:
         """What the ranks of each role that learns return."""

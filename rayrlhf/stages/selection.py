@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from rayrlhf.data.batching import Cutting, pad_rows
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
-from rayrlhf.engines.tasks import score_sequences
 from rayrlhf.errors import TrainingError
+from rayrlhf.supervised.ranking import score_sequences
 
 __all__ = ["BestEpoch", "ResponseLimits", "greedy_responses", "mean_reward", "spread_prompts"]
 

@@ -1,7 +1,7 @@
 """Supervised training on one rank: the loop that pretrain, sft, reward and dpo share. No Ray.
 
 The loop knows no loss: a `Task` says how its examples become micro-batches, what a minibatch is divided by, and what
-the loss of a micro-batch is. They are in engines/tasks.py (language modelling, ranking) and preference.py (dpo). A
+the loss of a micro-batch is. They are in engines/tasks.py (language modelling), ranking.py and preference.py (dpo). A
 `Mix` adds a second task's loss to every step.
 """
 

@@ -20,9 +20,9 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import RankingExample
 from rayrlhf.engines.batches import Layout, lay_out, spans, to_device
 from rayrlhf.engines.deepspeed import Learner
-from rayrlhf.engines.tasks import infer_sequences
 from rayrlhf.errors import TrainingError
 from rayrlhf.supervised.loop import Log, Module
+from rayrlhf.supervised.ranking import infer_sequences
 
 __all__ = ["PreferenceTask", "checking_first_loss", "response_logprobs"]
 

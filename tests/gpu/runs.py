@@ -117,7 +117,7 @@ def attend(dtype: str) -> dict[str, Any]:
     """Log-probs of a frozen model, packed and padded, of every sequence's tokens in turn."""
     from rayrlhf.engines.deepspeed import FrozenModel
     from rayrlhf.engines.scoring import check_packing
-    from rayrlhf.engines.tasks import infer_sequences
+    from rayrlhf.supervised.ranking import infer_sequences
 
     engine, sequences = FrozenModel(model(), 0, dtype, "cuda"), [e.tokens for e in examples()]
 

@@ -51,12 +51,22 @@ class Hosts:
         self._start_node("b", f"--address={self.address}")
         self._wait_for(2)
 
-    def _start_node(self, host: str, *arguments: str) -> None:
-        resources = json.dumps({f"host_{host}": 1})
+    def start_spare(self, resources: dict[str, float]) -> None:
+        """One more node on host a, with these resources."""
+        self._start_node("a", f"--address={self.address}", resources=resources, name="spare")
+
+    def cut(self) -> None:
+        """Take the link between the hosts down."""
+        _ip("-n", self.namespaces["b"], "link", "set", self.links["b"], "down")
+
+    def _start_node(
+        self, host: str, *arguments: str, resources: dict[str, float] | None = None, name: str = ""
+    ) -> None:
+        resources = resources or {f"host_{host}": 1}
         command = [RAY, "start", "--block", *arguments, f"--node-ip-address={ADDRESSES[host]}", "--num-cpus=4"]
-        command += [f"--resources={resources}", "--object-store-memory=300000000", "--disable-usage-stats"]
-        with (self.folder / f"ray-{host}.log").open("wb") as log:
-            self.nodes[host] = subprocess.Popen(
+        command += [f"--resources={json.dumps(resources)}", "--object-store-memory=300000000", "--disable-usage-stats"]
+        with (self.folder / f"ray-{name or host}.log").open("wb") as log:
+            self.nodes[name or host] = subprocess.Popen(
                 self.inside(host, *command), env=self.environment, stdout=log, stderr=log
             )
 

@@ -289,8 +289,9 @@ def run_step(
 ) -> tuple[Any, float, Any]:
     """One optimizer step of the product; (losses, gradient norm, gradient norms of its parts where measured)."""
     from rayrlhf.engines.learning import TextShare, UpdateSettings, update_policy, update_value
-    from rayrlhf.engines.tasks import LanguageTask, RankingTask
+    from rayrlhf.engines.tasks import LanguageTask
     from rayrlhf.supervised.loop import Mix, TrainSettings, train
+    from rayrlhf.supervised.ranking import RankingTask
 
     rate = LEARNERS[BUDGETS[budget]].learning_rate
     if task in ("policy", "ptx", "value"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import signal
 import subprocess
 import time
@@ -21,6 +20,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
+from tests.faults import end_session
 from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
@@ -159,18 +159,7 @@ def end_after(step: int, run: list[str], folder: Path, how: signal.Signals) -> i
             return process.wait(60)
         finally:
             process.kill()
-            _end_orphans(process.pid)
-
-
-def _end_orphans(session: int) -> None:
-    """Ray's processes live on without their driver for a while; they are of its session."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                os.kill(int(status.parent.name), signal.SIGKILL)
-        except (OSError, IndexError):
-            continue
+            end_session(process.pid)
 
 
 def learned(folder: Path) -> list[dict[str, Any]]:
@@ -178,6 +167,12 @@ def learned(folder: Path) -> list[dict[str, Any]]:
     kept = [r for r in records if r["stage"] == "ppo"]
     unmeasured = ("weights/publish_s", "weights/gib_per_s", *(f"weights/{p}_s" for p in PUBLISH_PARTS))
     return [{k: v for k, v in r.items() if not k.startswith(MEASURED) and k not in unmeasured} for r in kept]
+
+
+def steps_of(folder: Path) -> dict[int, Any]:
+    """What the ledger says that each step learned from: its last word on it."""
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return {line["step"]: line["trained"] for line in lines if line["event"] == "step"}
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +196,11 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
     assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
     assert learned(folder) == learned(whole)
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    assert steps_of(folder) == steps_of(whole)
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert "every sample is accounted for exactly once" in audit.stdout
+    assert (folder / "ledger.jsonl").read_text().count('"event":"rollback"') == 1
     for model in ("model", "model_ema"):
         mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
         assert all(torch.equal(mine[name], other[name]) for name in other)
@@ -214,3 +214,7 @@ def test_a_changed_setting_is_refused_and_more_steps_are_not(finished: FinishedR
     longer = rayrlhf("ppo", *run, f"ppo.steps={STEPS + 1}", "--resume")
     assert longer.returncode == 0, longer.stdout + longer.stderr
     assert [record["step"] for record in learned(whole)] == [1, 2, 3, 4, 5]
+    assert list(steps_of(whole)) == [1, 2, 3, 4, 5]
+    assert rayrlhf("audit", str(whole)).returncode == 0
+    artifacts = (whole.parent / "artifacts").glob("ppo-*")
+    assert sorted(len(steps_of(artifact)) for artifact in artifacts) == [4, 5]

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from rayrlhf.actors.rollout import EnginePool, ExpectedTokens, RolloutActor, _Policy
+from rayrlhf.actors.pool import EnginePool, ExpectedTokens
+from rayrlhf.actors.publishing import PolicySide
+from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.publish import Publication, SentBucket
@@ -36,7 +38,7 @@ class Engines:
 
     devices = None
 
-    async def call_rank(self, rank: int, method: str, *args: Any) -> tuple[list[RolloutInfo], list[str]]:
+    async def call_rank(self, rank: int, method: str, *args: Any) -> tuple[list[RolloutInfo], str]:
         if method == "generate":
             version, share, at_once, _ = args
             self.versions.append(version)
@@ -49,7 +51,7 @@ class Engines:
             raise RuntimeError("engine broke")
         self.log.append(f"part of {rank}")
         infos = [RolloutInfo(r.sample_id, r.prompt_id, 10, 1 + r.prompt_id, False) for r in part]
-        return infos, [f"rollouts of {rank}: {part[0].sample_id}"]
+        return infos, f"rollouts of {rank}: {part[0].sample_id}"
 
 
 class Publisher:
@@ -204,7 +206,7 @@ class Meets(Engines):
 
 def test_a_transport_with_a_group_meets_once_with_a_rank_for_every_worker_of_every_engine():
     policy, engines = Meets("policy", 2), Meets("rollout", 3)
-    source = _Policy(policy, engines, TRANSPORTS["nccl"], workers=2)  # type: ignore[arg-type]
+    source = PolicySide(policy, engines, TRANSPORTS["nccl"], workers=2)  # type: ignore[arg-type]
     asyncio.run(source.start_publish(0))
     assert policy.met == {0: Meeting("10.0.0.1", 555, 7, 0)}
     assert engines.met == {i: Meeting("10.0.0.1", 555, 7, 1 + 2 * i) for i in range(3)}
@@ -215,7 +217,7 @@ def test_a_transport_with_a_group_meets_once_with_a_rank_for_every_worker_of_eve
 
 def test_the_handles_of_all_ranks_go_out_with_rank_0s_ticket():
     policy = Meets("policy", 2)
-    source = _Policy(policy, Meets("rollout", 1), TRANSPORTS["nccl"], workers=1)  # type: ignore[arg-type]
+    source = PolicySide(policy, Meets("rollout", 1), TRANSPORTS["nccl"], workers=1)  # type: ignore[arg-type]
     bucket = asyncio.run(source.next_bucket())
     assert bucket.ticket == {"header": {}, "handles": {"GPU 0": 0, "GPU 1": 1}}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan, TextPlan, _deal, memory_per_role
 from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.driver.pacing import TextStream
-from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch, ScoredPart
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import RolloutInfo
 
@@ -169,7 +169,7 @@ def test_policy_and_value_learn_at_the_same_time():
 
 
 def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_each():
-    results = [(["x0"], {"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"]), (["x1"], {"kl/mean": 0.5}, [])]
+    results = [(({"kl/per_token": 0.0, "kl/mean": 0.5}, ["text"]), "x0"), (({"kl/mean": 0.5}, []), "x1")]
     policy = Group("policy", 2, {"estimate": results})
     batch = infos(7)
     scored = ScoredBatch(RolloutBatch(batch, ("r0", "r1")), ("s0", "s1", "s2"), 5)
@@ -181,9 +181,10 @@ def test_estimate_hands_every_handle_to_every_policy_rank_and_a_share_of_ids_to_
 
 
 def test_every_role_scores_every_sample_once():
-    groups = [Group("a", 2, {"score": [["a0"], ["a1"]]}), Group("b", 1, {"score": [["b0"]]})]
+    lost = {1003: "no answer"}
+    groups = [Group("a", 2, {"score": [({}, "a0"), (lost, "a1")]}), Group("b", 1, {"score": [({}, "b0")]})]
     scorers, batch = ScorerRoles(groups[:1], groups[1:]), RolloutBatch(infos(9), ("r0", "r1"))
-    assert asyncio.run(scorers.frozen(batch)) == ("a0", "a1")
+    assert asyncio.run(scorers.frozen(batch)) == ScoredPart(("a0", "a1"), lost)
     assert asyncio.run(scorers.learning(batch)) == ("b0",)
     for group in groups:
         ((method, shared, each),) = group.calls
@@ -218,7 +219,7 @@ def test_the_responses_to_one_prompt_are_dealt_to_one_rank(prompts, together, ra
 
 
 def test_estimation_is_dealt_by_prompt_and_scoring_and_learning_are_not():
-    policy = Group("policy", 2, {"estimate": [(["x0"], {}, []), (["x1"], {}, [])]})
+    policy = Group("policy", 2, {"estimate": [(({}, []), "x0"), (({}, []), "x1")]})
     made = tuple(RolloutInfo(i, i // 4, 10, 5, False) for i in range(8))
     scored = ScoredBatch(RolloutBatch(made, ("r0",)), ("s0",), 0)
     asyncio.run(LearnerRoles(policy, None, plan(samples_per_prompt=4)).estimate(scored, 0.0))

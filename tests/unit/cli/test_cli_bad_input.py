@@ -295,6 +295,81 @@ def test_the_dry_run_of_a_group_estimator_places_no_value_model(run_world: Run) 
     assert "value" not in placement
 
 
+# ---- rewards from elsewhere
+
+
+FUNCTION = "def reward(prompts, responses):\n    raise AssertionError('nothing is scored before the run')\n"
+
+
+def test_a_function_is_imported_and_its_ppo_needs_no_rankings_and_no_reward_model(run_world: Run, world: Path) -> None:
+    (world / "mine.py").write_text(FUNCTION, encoding="utf-8")
+    given = f"ppo.reward={{kind: function, function: '{world / 'mine.py'}:reward'}}"
+    done = run_world(given, "data.rankings=[]", "data.heldout_rankings=[]", "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would run: pretrain, sft, ppo; done before: nothing" in done.out
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("{kind: function, function: 'nowhere.py:reward'}", ["ppo.reward.function: there is no file nowhere.py"]),
+        ("{kind: function, function: 'os:path'}", ["ppo.reward.function: os has a module, no function: path"]),
+        ("{kind: http}", ["ppo.reward: kind http needs url"]),
+        ("{kind: http, url: 'gopher://a.example'}", ["ppo.reward: url is not one of a service"]),
+        (
+            "{kind: http, url: 'https://a.example/', token_variable: NO_SUCH_TOKEN}",
+            ["ppo.reward.token_variable: the environment has no NO_SUCH_TOKEN", "export it"],
+        ),
+    ],
+)
+def test_a_source_of_rewards_that_cannot_work_is_refused(run_world: Run, reward: str, words: list[str]) -> None:
+    assert_refused(run_world(f"ppo.reward={reward}"), *words)
+
+
+def test_a_service_is_not_called_by_a_dry_run_and_its_token_not_shown(
+    run_world: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REWARD_TOKEN", "planted-Secret-55")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a dry run went to the network"))
+    done = run_world(
+        "ppo.reward={kind: http, url: 'https://rewards.example/', token_variable: REWARD_TOKEN}", "--dry-run"
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "would run: pretrain, sft, ppo" in done.out
+    assert "planted-Secret-55" not in done.out
+
+
+def test_an_ensemble_of_models_that_fit_is_fine(run_world: Run, models: Path) -> None:
+    given = f"ppo.reward={{kind: ensemble, models: [{models / 'reward'}, {models / 'reward'}]}}"
+    done = run_world(f"model={{path: {models / 'policy'}}}", given, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would run: sft, ppo; done before: nothing" in done.out
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        ("foreign", ["its vocabulary", "does not fit the policy's"]),
+        ("policy", ["has no reward head"]),
+        ("short", ["is over the context of ppo.reward.models[1] 64"]),
+        ("gone", ["no such model folder"]),
+    ],
+)
+def test_a_member_of_an_ensemble_that_does_not_fit_is_named(
+    run_world: Run, models: Path, member: str, words: list[str]
+) -> None:
+    given = f"ppo.reward={{kind: ensemble, models: [{models / 'reward'}, {models / member}]}}"
+    assert_refused(
+        run_world(f"model={{path: {models / 'policy'}}}", given, "--dry-run"), "ppo.reward.models[1]", *words
+    )
+
+
+def test_a_step_whose_rewards_come_from_elsewhere_cannot_be_verified(run_world: Run, world: Path) -> None:
+    (world / "mine.py").write_text(FUNCTION, encoding="utf-8")
+    given = f"ppo.reward={{kind: function, function: '{world / 'mine.py'}:reward'}}"
+    assert_refused(run_world(given, "--verify-step", "1"), "ppo.reward.kind is function", "does not know")
+
+
 # ---- files
 
 

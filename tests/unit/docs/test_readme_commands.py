@@ -46,6 +46,9 @@ def test_each_rayrlhf_command_parses_and_its_config_loads(words: list[str]) -> N
     if words[1] in ("report", "eval"):
         assert context.params["runs" if words[1] == "report" else "subjects"]
         return
+    if words[1] == "audit":
+        assert context.params["run"]
+        return
     config = load_config(ROOT / context.params["config"], context.params["overrides"] or [], environ={})
     assert config.stages()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.driver.loop import Parts
-from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
+from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch, ScoredPart
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import RolloutInfo, SampleRequest, StepReport
 from rayrlhf.weights.publish import Publication
@@ -50,6 +50,7 @@ class World:
             learners=self,
             weights=self,
             checkpoints=self,
+            ledger=_Lines(self),
             sink=self,
             clock=self.clock,
             gauges=self.gauges,
@@ -63,9 +64,9 @@ class World:
         infos = tuple(RolloutInfo(r.sample_id, r.prompt_id, 10, 4, False, self._version) for r in requests)
         yield RolloutBatch(infos, (f"rollouts {count}",))
 
-    async def frozen(self, batch: RolloutBatch) -> tuple[Any, ...]:
+    async def frozen(self, batch: RolloutBatch) -> ScoredPart:
         count = self._called("frozen", *batch.handles)
-        return (f"frozen {count}",)
+        return ScoredPart((f"frozen {count}",))
 
     async def learning(self, batch: RolloutBatch) -> tuple[Any, ...]:
         count = self._called("learning", *batch.handles)
@@ -87,8 +88,9 @@ class World:
         parts = {"gather_s": 0.05, "transfer_s": 0.2, "fingerprint_s": 0.1, "load_s": 0.3, "probe_s": 0.125}
         return Publication(version, buckets=2, seconds=0.5, nbytes=2**29, memory_gib=2.5, **parts)
 
-    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> None:
+    async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> bool:
         self._called("save", step, kl_coef, metrics.get("reward/mean"), due)
+        return True
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._called("write", record["step"])
@@ -103,6 +105,19 @@ class World:
     async def gauges(self) -> dict[str, float]:
         self._called("gauges")
         return {"memory/policy_gib": 1.5}
+
+
+class _Lines:
+    """The ledger."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def step(self, step: int, batch: ScoredBatch) -> None:
+        self._world._called("ledger step", step)
+
+    def checkpoint(self, step: int) -> None:
+        self._world._called("ledger checkpoint", step)
 
 
 class KL:

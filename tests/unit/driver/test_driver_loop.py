@@ -9,17 +9,18 @@ import pytest
 from driver_fakes import KL, World
 
 from rayrlhf.algorithms.kl import AdaptiveKL
+from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.loop import _throughput, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.driver.protocols import RolloutBatch
-from rayrlhf.errors import Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, Stopped, TrainingError
 from rayrlhf.types import RolloutInfo
 
 BATCH = 3
 # Of one step, in order.
 CALLS = [
     *("generate", "frozen", "learning", "estimate", "update"),
-    *("publish", "write_samples", "gauges", "write", "save"),
+    *("publish", "ledger step", "write_samples", "gauges", "write", "save", "ledger checkpoint"),
 ]
 
 
@@ -100,14 +101,17 @@ def test_a_run_that_is_asked_to_end_drops_responses_or_ends_the_step_and_saves(p
     world._called = asked
     with pytest.raises(Stopped, match=f"stopped after step {1 + whole}, which is saved"):
         drive(world, steps=9)
-    assert world.log[-1][:2] == ("save", 1 + whole)
-    assert world.log[-1][-1] is True
+    assert world.log[-2][:2] == ("save", 1 + whole)
+    assert world.log[-2][-1] is True
+    assert world.log[-1] == ("ledger checkpoint", 1 + whole)
     assert [record["step"] for record in world.records] == [1, 2][: 1 + whole]
 
 
 def test_a_run_that_goes_on_counts_on_and_publishes_where_it_was():
     world = World()
-    pacing = SyncPacing(PromptStream([10, 11, 12], seed=0, drawn=2 * BATCH), BATCH, 4, world.clock, done=2)
+    pacing = SyncPacing(
+        PromptStream([10, 11, 12], seed=0, accounted=Accounted(2 * BATCH)), BATCH, 4, world.clock, done=2
+    )
     assert asyncio.run(run_ppo(world.parts(), pacing, KL(), 2)) == 4
     assert named(world, "publish") == [(2,), (3,), (4,)]
     assert [record["step"] for record in world.records] == [3, 4]
@@ -141,6 +145,7 @@ def test_a_record_holds_the_metrics_of_the_design():
         "memory/rollout_gib",
         "rollout/staleness_mean",
         "rollout/staleness_max",
+        "rollout/quarantined",
         "rollout/tail_share",
         "throughput/rollout_tokens_per_s",
         "throughput/train_tokens_per_s",
@@ -205,6 +210,33 @@ def test_a_failed_update_is_neither_published_nor_saved_nor_written():
     assert named(world, "publish") == [(0,)]
     assert world.records == []
     assert named(world, "save") == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "error", "saved"),
+    [
+        ("generate", ActorError("rollout-0 was lost too often"), True),
+        ("frozen", TrainingError("too many samples failed"), True),
+        ("learning", ActorLost("the policy died"), False),
+        ("update", ActorError("a bug"), False),
+        ("publish", DataLost("its node is gone"), False),
+    ],
+)
+def test_when_no_more_batches_can_be_had_what_was_learned_is_saved_unless_it_is_a_learner_that_is_lost(
+    phase: str, error: Exception, saved: bool
+):
+    class Breaks(World):
+        def _called(self, name, *details):
+            if name == phase and self._counts.get(name, 0) == 2:
+                raise error
+            return super()._called(name, *details)
+
+    world = Breaks()
+    with pytest.raises(type(error)):
+        drive(world, steps=4)
+    dues = [due for *_, due in named(world, "save")]
+    steps = 1 if phase == "publish" else 2  # the first publish comes before the first step
+    assert dues == [False] * steps + [True] * saved
 
 
 def test_no_steps_publish_once_and_write_nothing():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rayrlhf.driver.loop import run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing
-from rayrlhf.driver.protocols import RolloutBatch
+from rayrlhf.driver.protocols import RolloutBatch, ScoredPart
 from rayrlhf.types import RolloutInfo
 
 IDS = [3, 1, 4, 15, 9, 26, 5]
@@ -44,7 +44,7 @@ class Slow(World):
     async def frozen(self, batch):
         await self._take("frozen scoring")
         self._called("frozen")
-        return tuple(f"frozen {handle}" for handle in batch.handles)
+        return ScoredPart(tuple(f"frozen {handle}" for handle in batch.handles))
 
     async def learning(self, batch):
         await self._take("scoring")

@@ -9,6 +9,7 @@ from driver_fakes import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.pacing import PromptStream, SyncPacing, TextStream
 
 IDS = [3, 1, 4, 15, 9, 26, 5]
@@ -132,4 +133,4 @@ def test_text_and_prompts_are_shuffled_apart():
 @pytest.mark.parametrize(("before", "after"), [(0, 7), (3, 9), (5, 5), (13, 12)])
 def test_prompts_go_on_where_they_were_left(before: int, after: int):
     whole = PromptStream(IDS, seed=3, repeats=2).take(before + after)
-    assert PromptStream(IDS, seed=3, repeats=2, drawn=before).take(after) == whole[before:]
+    assert PromptStream(IDS, seed=3, repeats=2, accounted=Accounted(before)).take(after) == whole[before:]

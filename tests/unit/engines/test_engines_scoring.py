@@ -80,6 +80,17 @@ def test_a_reward_is_read_at_the_last_token_only(scalar, cutting):
         assert type(scores.rewards[r.info.sample_id]) is float
 
 
+@pytest.mark.parametrize(("scale", "word"), [(float("nan"), "is NaN"), (0.0, "is infinite"), (1e-12, "larger than")])
+def test_a_score_that_is_no_finite_number_is_a_failure_with_its_reason(scale, word):
+    model = tiny_scalar()
+    model.normalise(bias=0.0, scale=scale)
+    batch = rollouts(SHAPES)
+    scores = score_rewards(PlainEngine(model), batch, batch[0], Cutting(10_000))
+    assert scores.rewards == {}
+    assert set(scores.failed) == {r.info.sample_id for r in batch}
+    assert all(reason.startswith("model: the score") and word in reason for reason in scores.failed.values())
+
+
 def test_rewards_and_values_are_in_normalised_units(scalar):
     r = rollout(1, 3, 4)
     raw = outputs_alone(scalar, r)

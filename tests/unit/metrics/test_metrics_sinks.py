@@ -95,3 +95,14 @@ def test_a_response_with_a_unicode_line_separator_is_read_back_whole(tmp_path, s
     lines.write({"response": f"one{separator}two"})
     lines.close()
     assert read_jsonl(tmp_path / "samples.jsonl") == [{"response": f"one{separator}two"}]
+
+
+def test_records_that_are_taken_back_are_gone_and_later_ones_follow(tmp_path):
+    file = JsonLines(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.write({"step": step})
+    file.keep(lambda record: record["step"] <= 1)
+    file.write({"step": 2, "again": True})
+    file.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2, "again": True}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

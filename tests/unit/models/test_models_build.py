@@ -19,6 +19,7 @@ from rayrlhf.models.build import (
     load_scalar,
     new_scalar,
     read_config,
+    zero_scalar,
 )
 
 logging.disable_progress_bar()
@@ -170,6 +171,19 @@ def test_a_new_scalar_model_has_the_backbone_of_its_path_and_one_output(architec
     pairs = zip(backbone.parameters(), model.classifier.base_model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert (model.bias, model.scale) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_head_of_zeros_says_0_everywhere_and_can_learn(architecture, folders):
+    model = zero_scalar(folders[architecture], False)
+    tokens = torch.randint(3, V, (2, 5), generator=torch.Generator().manual_seed(0))
+    values = model(tokens=tokens, positions=torch.arange(10))
+    assert values.tolist() == [0.0] * 10
+    values.sum().backward()
+    assert float(model.classifier.score.weight.grad.abs().max()) > 0
+    backbone = load_policy(folders[architecture], False).lm.base_model
+    pairs = zip(backbone.parameters(), model.classifier.base_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_new_head_has_a_standard_deviation_of_1_over_the_root_of_d_plus_1(tmp_path):

@@ -23,7 +23,7 @@ from rayrlhf.planning.search import overrides_of, search, smallest
 from rayrlhf.planning.workload import Role, Workload
 
 ROOT = Path(__file__).parents[3]
-GIB = 2**30
+GIB, NAME = 2**30, "facebook/opt-350m"
 H100, GPU = hardware_named("h100-80g"), assumptions_for("gpu")
 Make = Callable[..., Workload]
 
@@ -242,3 +242,14 @@ def test_the_plan_and_the_algorithms_agree_on_who_needs_a_value_model() -> None:
     tree = load_config(ROOT / "configs/tiny.yaml", (), {}).model_dump(mode="json")
     config = config_from(tree, ["ppo.advantage=leave_one_out", "ppo.samples_per_prompt=4"], {})
     assert "value" not in asked_of(config).work.roles
+
+
+def test_rewards_from_elsewhere_need_no_reward_model_and_those_of_an_ensemble_several(
+    seven: Callable[..., Config],
+) -> None:
+    text = planned(seven("ppo.reward.kind=function", "ppo.reward.function=rewards.py:score"))
+    assert "reward" not in text.work.roles
+    assert text.work.roles["value"].shape.scalar
+    one, three = (planned(seven("ppo.reward.kind=ensemble", f"ppo.reward.models={[NAME] * count}")) for count in (1, 3))
+    assert three.memory["reward"].weights["weights"] == 3 * one.memory["reward"].weights["weights"]
+    assert three.time.by_role["score"]["reward"] == pytest.approx(3 * one.time.by_role["score"]["reward"])

@@ -105,7 +105,9 @@ def test_a_held_out_reward_model_judges_models_that_come_without_one_of_their_ow
     def roles(reward: str | None, **evaluation: Any) -> tuple[tuple[str, ...], dict[str, str]]:
         tree = {"model": {"path": "org/name"}, "data": {"heldout_prompts": ["h.jsonl"]}, "run": {"stages": ["eval"]}}
         settings = Config.model_validate(tree | {"eval": evaluation})
-        context = SimpleNamespace(config=settings, data=SimpleNamespace(heldout_prompts=prompts))
+        context = SimpleNamespace(
+            config=settings, folder=Path("run"), console=None, data=SimpleNamespace(heldout_prompts=prompts)
+        )
         made = _Evaluation(cast(StageContext, context), {"a": "/a", "b": "/b"}, reward, Path())
         return made.scorers, dict(made.roles._models)
 

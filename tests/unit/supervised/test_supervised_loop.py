@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample, RankingExample
-from rayrlhf.engines.tasks import LanguageTask, RankingTask, score_sequences
+from rayrlhf.engines.tasks import LanguageTask
 from rayrlhf.supervised.loop import TrainSettings, _batches, train
+from rayrlhf.supervised.ranking import RankingTask, score_sequences
 from tests.engine_fakes import CPU, VOCAB, PlainEngine, Ranks, tiny_policy, tiny_scalar
 
 

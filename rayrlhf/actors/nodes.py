@@ -1,0 +1,88 @@
+"""What is done to an actor's process from outside, on its node: show where it is stuck, end it for good.
+
+A process that hangs answers no call, and one that was stopped gets no signal before it goes on. A task on the same node
+sends the signals; the actor's own log receives the stack.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayrlhf.actors.base import SHOW_STACK, Whereabouts
+
+__all__ = ["end_process", "stack_of"]
+
+# A new worker of Ray's has to start for it.
+ANSWER_S = 20.0
+WRITTEN_S = 2.0
+
+
+async def stack_of(where: Whereabouts) -> str:
+    """The innermost frames of the process's threads, as it has written them to its log; why not, if it has not."""
+    try:
+        return str(await _on_node(where, _show_stack))
+    except Exception as error:  # the node may be gone
+        return f"(no stack: {type(error).__name__})"
+
+
+async def end_process(where: Whereabouts) -> None:
+    """SIGKILL, to its children too: Ray asks a process that hangs to end, and waits for it."""
+    with suppress(Exception):  # the node may be gone
+        await _on_node(where, _end)
+
+
+async def _on_node(where: Whereabouts, task: object) -> object:
+
+    strategy = NodeAffinitySchedulingStrategy(where.node, soft=False)
+    remote = ray.remote(task).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
+    return await asyncio.wait_for(_result(remote.remote(where)), ANSWER_S)
+
+
+async def _result(ref: object) -> object:
+    return await ref  # type: ignore[misc]
+
+
+def _show_stack(where: Whereabouts) -> str:
+    process = _process(where)
+    if process is None:
+        return "(no stack: the process is gone)"
+    log = Path(where.log)
+    before = log.stat().st_size
+    process.send_signal(SHOW_STACK)
+    process.send_signal(signal.SIGCONT)
+    deadline, written = time.monotonic() + WRITTEN_S, ""
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        with open(log, encoding="utf-8", errors="replace") as file:
+            file.seek(before)
+            now = file.read()
+        if now and now == written:
+            break
+        written = now
+    frames = [line.strip() for line in written.splitlines() if line.lstrip().startswith(("File", "Current thread"))]
+    start = next((i for i, line in enumerate(frames) if line.startswith("Current thread")), -1)
+    return "; ".join(frames[start + 1 :][:4]) or "(no stack: it takes no signals)"
+
+
+def _end(where: Whereabouts) -> None:
+    process = _process(where)
+    for one in [*process.children(recursive=True), process] if process else []:
+        with suppress(psutil.NoSuchProcess):
+            os.kill(one.pid, signal.SIGKILL)
+
+
+def _process(where: Whereabouts) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(where.pid)
+        if abs(process.create_time() - where.started) < 1.0:
+            return process
+    return None

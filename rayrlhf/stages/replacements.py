@@ -1,0 +1,77 @@
+"""Actors that are lost, and others in their place: within a budget, after a pause, and never without a word."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from rayrlhf.config.cluster import RecoveryConfig
+from rayrlhf.driver.recovery import Budget, Health
+from rayrlhf.errors import ActorError, ResourceError
+from rayrlhf.metrics.sinks import JsonLines
+
+__all__ = ["Replacements"]
+
+
+class Replacements:
+    """Of one stage. Each one is a line of `recoveries.jsonl`, and of the console."""
+
+    def __init__(self, config: RecoveryConfig, records: Path, console: Console) -> None:
+        self._config = config
+        self._budget = Budget(config.max_restarts, config.window_s, config.backoff_s)
+        self._records = records
+        self._console = console
+        self._health: dict[str, Health] = {}
+
+    async def replace(self, who: str, cause: ActorError, start: Callable[[], Awaitable[None]]) -> None:
+        """Run `start`, after a pause, until it succeeds.
+
+        Raises:
+            ActorError: `who` (a role, or one engine) has failed too often; the last cause is in the message.
+        """
+        health = self._health.setdefault(who, Health(self._budget, monotonic))
+        lost = monotonic()
+        while True:
+            wait = health.failed()
+            self._tell(who, cause, wait)
+            if wait is None:
+                raise self._spent(who, cause, health.failures) from cause
+            await asyncio.sleep(wait)
+            health.starting()
+            try:
+                await start()
+            except (ActorError, ResourceError) as failure:
+                cause = failure if isinstance(failure, ActorError) else ActorError(failure.message, failure.hint)
+                continue
+            health.serving()
+            seconds = monotonic() - lost
+            self._write({"who": who, "event": "replaced", "seconds": seconds})
+            self._console.print(f"{who} is there again after {seconds:.1f} s", highlight=False)
+            return
+
+    def _tell(self, who: str, cause: ActorError, wait: float | None) -> None:
+        self._write({"who": who, "event": "lost", "cause": cause.message, "restart_in_s": wait})
+        what = "is not replaced again" if wait is None else "is replaced"
+        self._console.print(f"[yellow]{who} is lost and {what}:[/] {escape(cause.message)}", soft_wrap=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        file = JsonLines(self._records)  # most runs have none
+        file.write({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **record})
+        file.close()
+
+    def _spent(self, who: str, cause: ActorError, failures: int) -> ActorError:
+        times = f"{failures} times within {self._config.window_s:g} s" if failures > 1 else "once"
+        error = ActorError(
+            f"{who} was lost {times}, and cluster.recovery.max_restarts is {self._config.max_restarts}; the last time: "
+            f"{cause.message}",
+            f"{cause.hint}; mend the cause, then go on with --resume",
+        )
+        error.role = cause.role
+        return error

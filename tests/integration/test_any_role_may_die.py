@@ -1,0 +1,80 @@
+"""Each role is killed once in a running PPO; the run ends as the one that nothing happened to, bit by bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.faults import recoveries, send_within, started, wait_until
+from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.integration.test_resume import arguments, learned, whole
+
+__all__ = ["whole"]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+# Who is killed, in the middle of which of its calls, and what it is called in the run's records.
+DEATHS = [
+    ("RolloutActor", "generate", "rollout-0"),
+    ("RewardActor", "score", "reward"),
+    ("ReferenceActor", "score", "reference"),
+    ("PolicyActor", "update", "policy"),
+    ("ValueActor", "update", "value"),
+]
+
+
+def replaced(folder: Path, who: str) -> bool:
+    return any(r["who"] == who and r["event"] == "replaced" for r in recoveries(folder))
+
+
+def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
+    whole: Path, finished: FinishedRun, tmp_path: Path
+) -> None:
+    run, folder, log = arguments(finished, tmp_path, "deaths"), tmp_path / "deaths", tmp_path / "log"
+    with started(["ppo", *run], log) as process:
+        for name, method, who in DEATHS:
+            send_within(process.pid, name, method, signal.SIGKILL)
+            wait_until(lambda who=who: replaced(folder, who), process)
+        assert process.wait(200) == 0, log.read_text()
+    lost = {r["who"]: r["cause"] for r in recoveries(folder) if r["event"] == "lost"}
+    assert {who: f"failed in {method}" in lost[who] for _, method, who in DEATHS} == dict.fromkeys(lost, True)
+    assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
+    assert learned(folder) == learned(whole)
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    for model in ("model", "model_ema"):
+        mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
+        assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_a_role_that_hangs_is_found_shows_its_stack_and_is_replaced(finished: FinishedRun, tmp_path: Path) -> None:
+    run = arguments(finished, tmp_path, "hangs", "cluster.recovery.hang_floor_s=4")
+    folder, log = tmp_path / "hangs", tmp_path / "log"
+    with started(["ppo", *run], log) as process:
+        wait_until((folder / "checkpoints" / "step-000001").exists, process)  # calls have come back by now
+        send_within(process.pid, "RolloutActor", "generate", signal.SIGSTOP)
+        wait_until(lambda: replaced(folder, "rollout-0"), process)
+        assert process.wait(200) == 0, log.read_text()
+    (cause,) = [r["cause"] for r in recoveries(folder) if r["event"] == "lost"]
+    assert "rollout rank 0 did not finish generate within" in cause
+    assert "it is in File" in cause
+    assert "vllm" in cause
+
+
+def test_an_actor_that_may_not_be_replaced_ends_the_run_with_a_checkpoint(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    run = arguments(finished, tmp_path, "spent", "cluster.recovery.max_restarts=0", "checkpoint.every=100")
+    folder, log = tmp_path / "spent", tmp_path / "log"
+    with started(["ppo", *run], log) as process:
+        wait_until(lambda: (folder / "metrics.jsonl").exists() and learned(folder), process)
+        send_within(process.pid, "RewardActor", "score", signal.SIGKILL)
+        assert process.wait(200) == 1
+    said = " ".join(log.read_text().split())
+    for words in ("reward was lost once", "reward rank 0 failed in score: the actor died", "reward-0.log", "--resume"):
+        assert words in said
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.removeprefix("step-")) == learned(folder)[-1]["step"]
