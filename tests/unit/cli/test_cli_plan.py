@@ -72,3 +72,24 @@ def test_wrong_input_is_one_message(capsys: pytest.CaptureFixture[str], monkeypa
         cli.main()
     assert ended.value.code == 2
     assert "--hardware cpus: no such hardware" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_the_plan_and_refuses_what_cannot_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    large = ["model.from_scratch.hidden_size=8192", "model.from_scratch.layers=24", "model.from_scratch.heads=64"]
+    gpus = ["cluster.device=cuda", "model.dtype=bfloat16", "world.size=0.05"]
+    command = ["run", "configs/tiny.yaml", f"run.output={tmp_path}", "--dry-run", *gpus]
+    monkeypatch.setattr(sys, "argv", ["rayrlhf", *command])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "GPU-hours (ppo alone)" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["rayrlhf", *command, *large])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "ResourceError: this does not fit: policy: 362.8 GiB a GPU, 287.6 more than the 75.1 usable" in message
+    assert message.count("GPU-seconds a step") == 3
