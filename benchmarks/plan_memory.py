@@ -139,7 +139,6 @@ def measure(case: Case) -> float:
 
 
 def _rank(case: Case, rank: int, port: int, answers: Any) -> None:
-    import torch
 
     from rayrlhf.engines.deepspeed import FrozenModel
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
@@ -147,7 +146,7 @@ def _rank(case: Case, rank: int, port: int, answers: Any) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     threads = 2 if case.ranks == 1 else 1
     join_process_group(Rendezvous(rank, case.ranks, "127.0.0.1", port, "cpu", threads, deterministic=False))
-    torch.ones(64, 64) @ torch.ones(64, 64)  # the kernels' own threads and buffers
+    _warm_up()
     before = _resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
         module = _module(case, Path(folder))
@@ -158,6 +157,16 @@ def _rank(case: Case, rank: int, port: int, answers: Any) -> None:
         _let_go()
         step()
     answers.put(_resident("VmHWM") - before)
+
+
+def _warm_up() -> None:
+    """Threads and buffers of the kernels' own, as an import takes them; of autograd and Adam too."""
+    import torch
+
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64), torch.nn.SiLU())
+    adam = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(64, 64)).sum().backward()
+    adam.step()
 
 
 def _module(case: Case, folder: Path) -> Any:

@@ -107,8 +107,11 @@ def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     passes = _passes(role, work, learns=True)
     copied = min(share, SUB_GROUP) if stage == 3 else share
     step = (4 * copied if stage and not work.offload_optimizer else 0.0) + _adam_copies(role, work, share)
-    # An optimizer step comes after the backward pass has let go of its activations.
-    if step > sum(passes.values()):
+    # An optimizer step comes after the backward pass has let go of its activations. A GPU's allocator hands it their
+    # memory; of a process on a CPU that stays, in pieces that the step's large tensors do not fit.
+    if not work.gpu:
+        working |= {**passes, "step": step}
+    elif step > sum(passes.values()):
         working["step"] = step
     else:
         working |= passes
