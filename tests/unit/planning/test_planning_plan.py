@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rayrlhf.actors.placement import required
 from rayrlhf.algorithms.advantages import ESTIMATORS
 from rayrlhf.config import Config, config_from, load_config
 from rayrlhf.errors import ConfigError, ResourceError
@@ -160,6 +161,12 @@ def test_a_search_that_finds_nothing_says_so(seven: Callable[..., Config]) -> No
     asked = replace(asked_of(seven()), hardware=H100.model_copy(update={"device": tiny_device()}), nodes=1)
     with pytest.raises(ResourceError, match="no placement fits on 1 nodes of 8"):
         plan_asked(asked, look=True)
+
+
+@pytest.mark.parametrize("name", ["1b", "6b", "175b"])
+def test_the_plan_counts_the_gpus_that_the_run_asks_for(name: str) -> None:
+    config = load_config(ROOT / f"configs/instructgpt/{name}.yaml", (), {})
+    assert planned(config).devices == pytest.approx(required(config)["GPU"])
 
 
 @pytest.mark.parametrize("name", ["1b", "6b", "175b"])
