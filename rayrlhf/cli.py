@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from rayrlhf.config import Config, load_config
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import USER_ERRORS, RayRLHFError, Stopped
 
 __all__ = ["app", "main"]
@@ -257,7 +258,7 @@ def _run(config: Config, dry_run: bool, verify_step: int | None, resume: bool) -
 
 def _print(console: Console, problem: Exception) -> None:
     console.print(f"[bold red]{type(problem).__name__}[/]: ", end="")
-    console.print(str(problem), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console.print(masked(str(problem)), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

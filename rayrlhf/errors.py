@@ -22,6 +22,8 @@ hold only strings, so they survive pickling across a Ray boundary.
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "USER_ERRORS",
     "ActorError",
@@ -39,7 +41,17 @@ __all__ = [
     "Stopped",
     "TrainingError",
     "WeightSyncError",
+    "printable",
 ]
+
+
+# Controls but tab and line end, what turns the direction of writing, and halves of a pair, which no console can write.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal, or cannot be written to one, as an escape: files name their fields."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class RayRLHFError(Exception):
@@ -47,8 +59,8 @@ class RayRLHFError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = printable(hint)
 
     def __str__(self) -> str:
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message

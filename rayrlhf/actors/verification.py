@@ -110,7 +110,10 @@ def _load(snapshot: Snapshot, role: Role) -> nn.Module:
 
     auto = AutoModelForCausalLM if role in ("policy", "reference") else AutoModelForSequenceClassification
     model: nn.Module = auto.from_pretrained(
-        snapshot.models[role], dtype=torch.float32, trust_remote_code=snapshot.trust_remote_code
+        snapshot.models[role],
+        dtype=torch.float32,
+        trust_remote_code=snapshot.trust_remote_code,
+        use_safetensors=True,
     )
     return model.to(YARDSTICK[snapshot.recipe.dtype])
 

@@ -48,8 +48,8 @@ class ArtifactStore:
         folder = self.root / f"{stage}-{key}"
         try:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            return Artifact(stage, key, folder, record["result"], record["parents"])
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or not written by us
+            return Artifact(stage, key, folder, dict(record["result"]), dict(record["parents"]))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not there, or not written by us
             return None
 
     def workspace(self, stage: str, key: str) -> Path:

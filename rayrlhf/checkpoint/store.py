@@ -11,7 +11,9 @@ Written under another name, flushed to the disk, renamed. What was cut short, al
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from rayrlhf.errors import CheckpointError
 __all__ = ["Checkpoint", "CheckpointStore"]
 
 MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-[0-9]{1,15}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +86,24 @@ class CheckpointStore:
     def set_aside(self, after: int) -> None:
         """Take folders that are newer than the one to go on from out of the count: they are damaged."""
         for folder in self._folders():
-            if int(folder.name.removeprefix("step-")) > after:
+            if _step_of(folder) > after:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
 
     def _read(self, folder: Path, whole: bool) -> Checkpoint:
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            files, step = manifest["files"], manifest["step"]
-            found = Checkpoint(folder, step, manifest["state"], manifest["inputs"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder}: its manifest cannot be read ({error})") from None
-        for name, (size, digest) in files.items() if whole else ():
-            path = folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing")
-            if path.stat().st_size != size or _digest(path) != digest:
-                raise CheckpointError(f"{path} is not what was saved")
-        return found
+        manifest = _manifest(folder)
+        for name, (size, digest) in manifest["files"].items() if whole else ():
+            try:
+                _check_file(folder, folder / name, size, digest)
+            except (OSError, ValueError) as error:  # a name that no file can have, one that may not be read
+                raise CheckpointError(f"{folder}: {name[:200]!r} cannot be read ({error.__class__.__name__})") from None
+        return Checkpoint(folder, manifest["step"], manifest["state"], manifest["inputs"])
 
     def _folders(self) -> list[Path]:
-        return sorted((p for p in self.root.glob("step-*") if p.is_dir()), reverse=True)
+        """Newest first."""
+        folders = (p for p in self.root.glob("step-*") if p.is_dir() and _STEP.fullmatch(p.name))
+        return sorted(folders, key=_step_of, reverse=True)
 
     def _retain(self) -> None:
         folders = self._folders()
@@ -115,12 +114,46 @@ class CheckpointStore:
                 shutil.rmtree(folder)
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says, once each entry is of its kind: whoever can write there might have written anything."""
+    try:
+        manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step, files = manifest["step"], manifest["files"]
+        if step != _step_of(folder) or isinstance(step, bool | float):
+            raise ValueError(f"its step is {str(step)[:60]}")
+        for name, kind in (("state", dict), ("inputs", dict), ("files", dict)):
+            if not isinstance(manifest[name], kind):
+                raise ValueError(f"{name} is no object")
+        for name, value in manifest["state"].items():
+            if isinstance(value, int | float) and not abs(value) < 2**63:  # NaN too
+                raise ValueError(f"{name} of the state is no number that a run has")
+        for name, (size, digest) in files.items():
+            if not isinstance(size, int) or not isinstance(digest, str):
+                raise ValueError(f"{name!r} has no size and hash")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: its manifest cannot be read ({error})") from None
+    return dict(manifest)
+
+
+def _check_file(folder: Path, path: Path, size: int, digest: str) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{path} lies outside the checkpoint")
+    if path.stat().st_size != size or _digest(path) != digest:
+        raise CheckpointError(f"{path} is not what was saved")
+
+
 def _score(folder: Path) -> float | None:
     try:
         score = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["score"]
-    except (OSError, ValueError, KeyError):
+        return float(score) if score is not None and math.isfinite(score) else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    return None if score is None else float(score)
 
 
 def _sealed(path: Path) -> tuple[int, str]:

@@ -9,11 +9,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = ["Folder", "Fraction", "NonNegative", "NonNegativeInt", "Positive", "PositiveInt", "Section", "ZeroStage"]
 
+LARGEST_INT, LARGEST = 2**53, 1e30
 # Numbers are strict: `true` is not 1 and "8" is not 8; an int is a fine float.
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+# None is so large that what is computed from it overflows.
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST_INT, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST_INT, strict=True)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 ZeroStage = Annotated[int, Field(ge=0, le=3, strict=True)]

@@ -11,9 +11,12 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
+from rayrlhf.config.limits import UNREADABLE, check_size, check_text, parse, shown
 from rayrlhf.config.root import Config
+from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
 
 __all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "dump_yaml", "load_config", "read_yaml", "validated"]
@@ -43,6 +46,9 @@ def config_from(
     for override in overrides:
         _apply_override(tree, override)
     _fill_data_root(tree, environ.get(DATA_ROOT_VARIABLE))
+    check_size(tree, source)
+    check_text(tree, source)
+    refuse_secrets(tree, environ, source)
     return validated(Config, tree, source)
 
 
@@ -65,9 +71,20 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
+class _Representer(SafeRepresenter):
+    """ruamel writes U+0085 as it is, and reads it back as the end of a line."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def _yaml() -> YAML:
     # ruamel follows YAML 1.2, where 9e-6 is a number; PyYAML (1.1) reads a string.
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     return yaml
@@ -81,14 +98,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         raise ConfigError(f"{path}: no such config file", f"did you mean {path.parent / near[0]}?" if near else "")
     try:
-        tree = _yaml().load(path.read_text(encoding="utf-8"))
+        tree = parse(_yaml(), path)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = mark.line + 1 if mark else "?"
         raise ConfigError(
             f"{path}:{line}: broken YAML: {error.problem}", "check indentation, colons and quotes"
         ) from None
-    except (YAMLError, ValueError) as error:  # ruamel lets a ValueError of a false date or number through
+    except UNREADABLE as error:
         raise ConfigError(f"{path}: broken YAML: {error}") from None
     if tree is None:
         tree = {}
@@ -101,11 +118,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"{override!r} is not an override", "write section.key=value, for example ppo.steps=10")
+        raise ConfigError(
+            f"{shown(masked(override))} is not an override", "write section.key=value, for example ppo.steps=10"
+        )
     try:
         value = _yaml().load(text)
-    except (YAMLError, ValueError):
-        raise ConfigError(f"{dotted}: cannot read {text!r} as YAML", "quote it: key='\"text\"'") from None
+    except UNREADABLE:
+        raise ConfigError(f"{dotted}: cannot read {shown(masked(text))} as YAML", "quote it: key='\"text\"'") from None
     node = tree
     for key in keys[:-1]:
         child = node.setdefault(key, {})
@@ -139,7 +158,7 @@ def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{dotted}: {message}" if loc else message
-    found = "null" if item["input"] is None else repr(item["input"])
+    found = "null" if item["input"] is None else shown(item["input"])
     if item["type"] == "model_type":  # a value where a section is
         return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(section, loc))} in it"
     return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"

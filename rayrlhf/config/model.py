@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import Positive, PositiveInt, Section
+from rayrlhf.config.base import LARGEST_INT, Positive, PositiveInt, Section
 
 __all__ = ["FromScratch", "ModelConfig"]
 
@@ -15,7 +15,7 @@ class FromScratch(Section):
     """A small causal LM that `pretrain` builds and trains, with its own tokenizer."""
 
     architecture: Literal["llama", "gpt2"] = "llama"
-    vocab_size: Annotated[int, Field(ge=300, strict=True)] = 2048
+    vocab_size: Annotated[int, Field(ge=300, le=LARGEST_INT, strict=True)] = 2048
     """Upper bound for the byte-level BPE (256 bytes, 5 special tokens, merges)."""
     hidden_size: PositiveInt = 192
     layers: PositiveInt = 4

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.base import (
+    LARGEST_INT,
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+    ZeroStage,
+)
 from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.config.training import Adam
 
@@ -220,7 +229,7 @@ class WeightsConfig(Section):
     engines with GPUs of their own, and ipc, for engines that share a GPU with a policy rank."""
     bucket_mib: Positive = 64.0
     """Weights travel in buckets of at most this size, or of one larger tensor; ZeRO-3 gathers one at a time."""
-    probe_tokens: Annotated[int, Field(ge=64, strict=True)] = 64
+    probe_tokens: Annotated[int, Field(ge=64, le=LARGEST_INT, strict=True)] = 64
     """Tokens, spread over the vocabulary, whose log-probs trainer and engine must agree on after each publish."""
     probe_tolerance: Positive | None = None
     """None: 1e-4 at most in float32, 0.03 on average in bfloat16."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayrlhf.config.base import Folder, NonNegativeInt, Positive, PositiveInt, Section
 
@@ -14,11 +14,13 @@ __all__ = ["STAGES", "CheckpointConfig", "RunConfig", "StageName", "TrackingConf
 StageName = Literal["pretrain", "sft", "collect", "reward", "dpo", "ppo", "eval"]
 # In the order in which they run; each comes after those it starts from.
 STAGES: tuple[StageName, ...] = ("pretrain", "sft", "collect", "reward", "dpo", "ppo", "eval")
+# Beside the folders of runs in `run.output`.
+SHARED_FOLDERS = ("artifacts", "worlds")
 
 
 class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)] = "run"
-    """Names the folder of the run and its actors."""
+    """Names the folder of the run and its actors. Not `artifacts` or `worlds`: those folders are shared by all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     deterministic: bool = False
     """Two runs give the same numbers bit by bit: only deterministic kernels, an error where there is none. A CPU's are
@@ -30,6 +32,13 @@ class RunConfig(Section):
     there is no `collect` section; `dpo`, the baseline, and `eval` run only where they are named."""
     max_loss: Positive = 1e4
     """A loss beyond this, or one that is not finite, stops the run."""
+
+    @field_validator("name")
+    @classmethod
+    def _no_shared_folder(cls, name: str) -> str:
+        if name in SHARED_FOLDERS:
+            raise ValueError(f"{name} is the folder that all runs share: take another name")
+        return name
 
 
 class CheckpointConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from rayrlhf.config.base import Positive, Section
+from rayrlhf.config.base import LARGEST_INT, Positive, Section
 
 __all__ = ["WorldConfig"]
 
@@ -17,6 +17,6 @@ class WorldConfig(Section):
     key of the `data` section that names none. Its judge scores responses as `reward/gold`; nothing learns from that."""
     module: str | None = None
     """Where a world of your own is registered: a .py file or an importable module. See docs/worlds.md."""
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_INT, strict=True)] = 0
     size: Positive = 1.0
     """Of all files, as a share of the world's own sizes."""

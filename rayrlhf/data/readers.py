@@ -13,9 +13,11 @@ or a Hugging Face dataset `org/name` or `org/name:split`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
+from rayrlhf.config.limits import shown
 from rayrlhf.data.sources import Row, check_sources, documents, fingerprint_sources, is_text, rows
 from rayrlhf.errors import DataError
 from rayrlhf.types import ChoiceQuestion, Demonstration, PretrainText, Prompt, Ranking, Turns
@@ -30,6 +32,7 @@ __all__ = [
     "read_text",
 ]
 
+MOST_NAMES, MOST_CHARACTERS = 20, 80
 ROLES = ("system", "user", "assistant")
 
 
@@ -78,7 +81,7 @@ def read_rankings(sources: Sequence[str], root: Path | None, split: str | None =
             else:
                 seen.add(named)
         if not kept:
-            found = ", ".join(repr(name) for name in sorted(seen))
+            found = _listed(shown(name) for name in sorted(seen))
             raise DataError(f"{source}: no record with split {split!r}; found {found}", "give one of those")
         rankings += kept
     return rankings
@@ -111,7 +114,7 @@ def _choices(row: Row) -> ChoiceQuestion:
     if len(choices) < 2:
         raise DataError(f"{row.place}: `choices` has {len(choices)} of them, expected 2 or more", "mend the record")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        message = f"{row.place}: `answer` is {answer!r}, expected the number of a choice, 0 to {len(choices) - 1}"
+        message = f"{row.place}: `answer` is {shown(answer)}, expected the number of a choice, 0 to {len(choices) - 1}"
         raise DataError(message, "count the choices from 0")
     return ChoiceQuestion(_filled(row, "prompt"), choices, answer, _source(row))
 
@@ -154,15 +157,15 @@ def _unfinished(row: Row, responses: int) -> frozenset[int]:
     for value in numbers:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < responses:
             message = (
-                f"{row.place}: `unfinished` has {value!r}, expected numbers of responses from 0 to {responses - 1}"
+                f"{row.place}: `unfinished` has {shown(value)}, expected numbers of responses from 0 to {responses - 1}"
             )
             raise DataError(message, "name the responses that were cut before their end, or leave the field out")
     return frozenset(n for n in numbers if isinstance(n, int))
 
 
 def _rank(row: Row, index: int, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        message = f"{row.place}: `ranks[{index}]` is {value!r}, expected a positive whole number"
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        message = f"{row.place}: `ranks[{index}]` is {shown(value)}, expected a positive whole number"
         raise DataError(message, "1 is the best; equal ranks are ties")
     return value
 
@@ -182,12 +185,12 @@ def _turns(row: Row, name: str) -> Turns:
 
 def _turn(row: Row, name: str, value: object) -> tuple[str, str]:
     if not isinstance(value, dict) or "role" not in value or "content" not in value:
-        found = f"fields {', '.join(value) or 'none'}" if isinstance(value, dict) else type(value).__name__
+        found = f"fields {_listed(value)}" if isinstance(value, dict) else type(value).__name__
         message = f"{row.place}: `{name}` is not a turn: found {found}, expected role and content"
         raise DataError(message, 'a turn is {"role": "user", "content": "..."}')
     role = value["role"]
     if role not in ROLES:
-        message = f"{row.place}: `{name}.role` is {role!r}, expected one of {', '.join(ROLES)}"
+        message = f"{row.place}: `{name}.role` is {shown(role)}, expected one of {', '.join(ROLES)}"
         raise DataError(message, "rename the role, or leave the turn out")
     return role, _checked(row, f"{name}.content", value["content"])
 
@@ -226,9 +229,14 @@ def _list(row: Row, name: str) -> list[object]:
     return value
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names out of a file, the first of very many, cut where they are long."""
+    return ", ".join(name[:MOST_CHARACTERS] for name in islice(names, MOST_NAMES)) or "none"
+
+
 def _field(row: Row, name: str, expected: str) -> object:
     if name not in row.fields:
-        found = ", ".join(row.fields) or "none"
+        found = _listed(row.fields)
         message = f"{row.place}: `{name}` is missing or null, expected {expected}; found the fields {found}"
         raise DataError(message, f"add `{name}`, or check that the file is of the kind this setting takes")
     return row.fields[name]

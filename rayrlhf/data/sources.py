@@ -16,7 +16,7 @@ import re
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,6 +32,9 @@ _JSON_LINES = (".jsonl", ".jsonl.gz")
 _EXTENSIONS = (*_JSON_LINES, ".json", ".parquet", *_TEXT)
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]:%+-]+))?")
 _CHUNK = 1 << 20
+# Text shrinks to a third or a tenth; gzip can shrink zeros to a thousandth, and a small file then fills a disk.
+_DEFLATE_RATIO, _PLAUSIBLE_RATIO = 1032, 100
+_UNPACKED_FREELY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +152,8 @@ def _locate(source: str, root: Path | None) -> Path | None:
         if path.is_file():
             return path
         raise DataError(f"no such file: {path}", "it is a folder" if path.is_dir() else _nearest(path))
-    if _HUB_NAME.fullmatch(source) and not path.exists():
-        return None
+    if (match := _HUB_NAME.fullmatch(source)) and not path.exists() and not Path(match["name"]).exists():
+        return None  # `datasets` would take a folder of that name, where we are, for it
     kinds = ", ".join(_EXTENSIONS)
     raise DataError(f"not a data source: {source!r}", f"give a file ({kinds}) or a Hugging Face dataset org/name:split")
 
@@ -188,6 +191,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         zipped = file.read(2) == b"\x1f\x8b"
     if path.name.lower().endswith(".gz") != zipped:
         _find_fault(path)
+    _refuse_archive(path)
     with tempfile.TemporaryDirectory(prefix="rayrlhf-") as cache:
         try:
             table = _load("text", path, cache, keep_linebreaks=True)
@@ -199,6 +203,29 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             raise DataError(f"{path}: cannot be read: {error.__cause__ or error}") from None
         for number, row in enumerate(table, start=1):
             yield number, row["text"].removeprefix("\ufeff") if number == 1 else row["text"]
+
+
+def _refuse_archive(path: Path) -> None:
+    """`datasets` would unpack any archive, whatever its name, and read what lies in it; and gzip of any size."""
+    from datasets.utils.extract import Extractor
+
+    try:
+        kind = Extractor.infer_extractor_format(path)
+    except Exception:  # it looks into a .gz that is cut off, which is said elsewhere
+        kind = "gzip"
+    if kind not in ("", None, "gzip"):
+        hint = "unpack it, and name the file that lies in it; of compressed files, .gz is read"
+        raise DataError(f"{path}: a {kind} archive, expected text", hint)
+    packed = path.stat().st_size
+    if kind != "gzip" or packed * _DEFLATE_RATIO <= _UNPACKED_FREELY:
+        return
+    limit, unpacked = max(_UNPACKED_FREELY, packed * _PLAUSIBLE_RATIO), 0
+    with suppress(EOFError, gzip.BadGzipFile, zlib.error), _unreadable(path), gzip.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            unpacked += len(chunk)
+            if unpacked > limit:
+                hint = "text of that kind holds nothing to learn; if it is meant, unpack it and name the file"
+                raise DataError(f"{path}: its {packed} bytes unpack to more than {limit}", hint)
 
 
 def _find_fault(path: Path) -> None:
@@ -333,7 +360,27 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         except Exception as error:
             cause = error.__cause__ or error
             raise DataError(f"{path}: not a readable Parquet file: {cause}", "write or fetch the file again") from None
-        yield from (_row(f"{path}:{number}", value) for number, value in enumerate(table, start=1))
+        yield from _table_rows(str(path), table)
+
+
+def _table_rows(source: str, table: Any) -> Iterator[Row]:
+    """As Arrow holds them: decoded by `datasets`, a column that says it holds images would open what its rows name."""
+    number = 1
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        try:
+            values = batch.to_pylist()
+        except Exception:  # bytes that are no text, a date beyond the calendar: which row is it?
+            values = [_value(f"{source}:{number + i}", batch.slice(i, 1)) for i in range(len(batch))]
+        for value in values:
+            yield _row(f"{source}:{number}", value)
+            number += 1
+
+
+def _value(place: str, row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:
+        raise DataError(f"{place}: cannot be read: {error}", "mend the row, or leave the column out") from None
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
@@ -349,4 +396,4 @@ def _hub_rows(source: str) -> Iterator[Row]:
         reason = f"{type(error).__name__}: {error}"
         hint = "check the name, the split (org/name:split) and the network; or give a local file"
         raise DataError(f"{source}: cannot load split {split!r} of {match['name']}: {reason}", hint) from None
-    yield from (_row(f"{source}:{number}", value) for number, value in enumerate(table, start=1))
+    yield from _table_rows(source, table)

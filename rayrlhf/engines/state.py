@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -46,13 +47,21 @@ def load_state(learner: Learner, folder: Path) -> None:
         raise CheckpointError(
             f"{path} is missing", "resume with as many ranks and the ZeRO stage that it was saved with"
         )
-    saved, (optimizer, masters) = load_file(path), _optimizer(learner)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}", "resume from another checkpoint") from None
+    optimizer, masters = _optimizer(learner)
     # Where the optimizer would have made its step count: a fused one's is beside the weights.
     beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     for i, master in enumerate(masters):  # torch makes Adam's state at the first step, which may be still to come
         prefix = f"adam.{i}."
         for name in [key.removeprefix(prefix) for key in saved if key.startswith(prefix)]:
             value = saved[prefix + name]
+            if value.dim() and value.shape != master.shape:
+                raise CheckpointError(
+                    f"{path}: {prefix}{name} does not fit this learner", "resume with the model that it was saved with"
+                )
             optimizer.state[master].setdefault(name, value.to(master.device if value.dim() or beside else "cpu"))
     held = _state(learner)
     if learner.rank and not learner.zero_stage:  # rank 0's file, and of a whole model it alone keeps the average

@@ -81,6 +81,8 @@ class RolloutEngine:
             enable_chunked_prefill=not cpu,
             max_num_batched_tokens=max(settings.context, PREFILL_TOKENS),
             trust_remote_code=settings.trust_remote_code,
+            config_format="hf",
+            load_format="safetensors",  # no other is looked for, pickled ones least of all
             skip_tokenizer_init=True,  # ids in, ids out: one tokenizer, the driver's
             logprobs_mode="processed_logprobs",  # log softmax(logits / temperature): what the trainer computes
             worker_extension_cls="rayrlhf.engines.vllm_worker.WorkerExtension",

@@ -25,6 +25,7 @@ from transformers import (
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ModelError
 from rayrlhf.models.attention import rows_for
+from rayrlhf.models.folder import check_weights
 from rayrlhf.models.logprobs import token_logprobs
 
 __all__ = [
@@ -179,9 +180,20 @@ def read_config(path: str, trust_remote_code: bool) -> PretrainedConfig:
             f"{path}: no such model folder", "give a folder with config.json or a Hugging Face name org/name"
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot read the model's config: {str(error).splitlines()[0]}") from None
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a config.json with the wrong types makes of transformers
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"{path}: cannot read the model's config: {reason}",
+            "take a model of an architecture that transformers knows; model.trust_remote_code runs a model's own code",
+        ) from None
+    kernel = getattr(config, "_attn_implementation", None)
+    if kernel and "/" in str(kernel) and not trust_remote_code:
+        raise ModelError(
+            f"{path}: its config.json asks for attention code from the hub, {kernel}",
+            "take attn_implementation out of it, or set model.trust_remote_code",
+        )
+    return config
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -203,21 +215,14 @@ def load_policy(path: str, trust_remote_code: bool, residual_dropout: float = 0.
         if not has_residual_dropout(config):
             raise ModelError(f"{path}: a {config.model_type} model has no residual dropout", "set sft.dropout=0")
         config.resid_pdrop = residual_dropout
-    lm = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
-    return PolicyModel(lm)
+    return PolicyModel(_load(AutoModelForCausalLM, path, config, trust_remote_code))
 
 
 def load_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
     """A reward or value model with its head, in float32."""
     config = _without_dropout(read_config(path, trust_remote_code))
-    classifier, info = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
+    classifier, info = _load(
+        AutoModelForSequenceClassification, path, config, trust_remote_code, output_loading_info=True
     )
     if missing := sorted(k for k in info["missing_keys"] if k.startswith("score")):
         raise ModelError(f"{path}: the model has no trained reward head ({', '.join(missing)} missing)")
@@ -243,12 +248,22 @@ def zero_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
 def _with_head(path: str, trust_remote_code: bool) -> ScalarModel:
     config = _without_dropout(read_config(path, trust_remote_code))
     config.num_labels = 1
-    classifier = AutoModelForSequenceClassification.from_pretrained(
-        path, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-    )
+    classifier = _load(AutoModelForSequenceClassification, path, config, trust_remote_code)
     model = ScalarModel(classifier)
     model.normalise(0.0, 1.0)  # a model to be trained counts as it is
     return model
+
+
+def _load(kind: Any, path: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+    check_weights(path)
+    return kind.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # a hub's pickled weights are not even fetched
+        **options,
+    )
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -96,11 +96,12 @@ def _stages(summary: Path) -> dict[str, Any]:
     except FileNotFoundError:
         hint = "wait for its end, or run it again: finished stages are not run twice"
         raise ConfigError(f"{summary}: the run has left no summary, it is still going or was killed", hint) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         stages = None
-    if not isinstance(stages, dict):
+    named = list(stages.values()) if isinstance(stages, dict) else [None]
+    if not all(isinstance(stage, dict) and isinstance(stage.get("model", ""), str) for stage in named):
         raise ConfigError(f"{summary}: not the summary of a run", "run it again: finished stages are not run twice")
-    return stages
+    return dict(stages)
 
 
 def _named(paths: Sequence[str], taken: Collection[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.readers import check_sources
 from rayrlhf.errors import ConfigError, DataError, ModelError
 from rayrlhf.models.build import context_length, has_residual_dropout, read_config
+from rayrlhf.models.folder import check_weights
 from rayrlhf.stages.datasets import Datasets, Split
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.stages.sources import check_source
@@ -186,6 +187,10 @@ def _check_shape(config: Config, key: str, path: str) -> PretrainedConfig:
                 f"{key} {path}: the model transforms its logits ({name}), which the trainer would leave out",
                 "take a model whose head is linear",
             )
+    try:
+        check_weights(path)
+    except ModelError as error:
+        raise ModelError(f"{key}: {error.message}", error.hint) from None
     return shape
 
 
@@ -336,7 +341,8 @@ def _check_judge(config: Config, key: str, path: str, longest: str, tokens: int)
 
 
 def _check_reward_head(key: str, path: str, shape: PretrainedConfig) -> None:
-    architecture = (shape.architectures or ["model of unknown architecture"])[0]
+    named = shape.architectures
+    architecture = str(named[0]) if named and isinstance(named, list) else "model of unknown architecture"
     if not architecture.endswith("ForSequenceClassification") or shape.num_labels != 1:
         raise ModelError(
             f"{key} {path}: a {architecture} with {shape.num_labels} labels has no reward head",

@@ -21,7 +21,8 @@ from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.checkpoint.ledger import LEDGER
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
-from rayrlhf.errors import ConfigError, RayRLHFError, Stopped
+from rayrlhf.config.secrets import masked
+from rayrlhf.errors import ConfigError, RayRLHFError, Stopped, printable
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
@@ -174,7 +175,7 @@ class _Run:
         except Stopped:
             raise
         except RayRLHFError as error:
-            summary["status"], summary["error"] = "failed", f"{type(error).__name__}: {error}"
+            summary["status"], summary["error"] = "failed", masked(f"{type(error).__name__}: {error}")
             raise
         finally:
             summary["evaluation"] = _evaluation(summary["stages"])
@@ -219,14 +220,16 @@ class _Run:
         try:
             path = write_report([self.folder])
         except Exception as problem:
-            self.console.print(f"the report could not be written: {problem}", markup=False, highlight=False)
+            self.console.print(
+                f"the report could not be written: {printable(str(problem))}", markup=False, highlight=False
+            )
         else:
             self.console.print(f"the report is in {path}", markup=False, highlight=False, soft_wrap=True)
 
     def _replay(self, context: StageContext, artifact: Artifact) -> None:
         if (artifact.folder / "metrics.jsonl").exists():
             for record in read_jsonl(artifact.folder / "metrics.jsonl"):
-                if "step" in record:
+                if isinstance(record, dict) and "step" in record:
                     context.sink.write({"stage": artifact.stage, **record})
         if (artifact.folder / "samples.jsonl").exists():
             for record in read_jsonl(artifact.folder / "samples.jsonl"):

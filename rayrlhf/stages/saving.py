@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
@@ -81,9 +83,12 @@ class PolicySaver:
         """
         found = await asyncio.to_thread(self._store.newest)
         for reason in self._store.damaged:
-            self._context.console.print(f"[yellow]not a whole checkpoint, passed over:[/] {reason}", soft_wrap=True)
+            self._context.console.print(
+                f"[yellow]not a whole checkpoint, passed over:[/] {escape(reason)}", soft_wrap=True
+            )
         self._store.set_aside(found.step if found else -1)
         if found is not None:
+            _check_state(found)
             await self._each("load_state", found.folder / "state")
         return found
 
@@ -104,3 +109,12 @@ class PolicySaver:
             await self._groups["policy"].call("save_average", str(target / "model_ema"))
             self._context.data.tokenizer.save_pretrained(target / "model_ema")
         self._context.data.tokenizer.save_pretrained(target / "model")
+
+
+def _check_state(found: Checkpoint) -> None:
+    """What `save` puts there, as it puts it: the manifest is a text that anybody can edit."""
+    coef, drawn = found.state.get("kl_coef"), found.state.get("text_drawn")
+    if isinstance(coef, bool) or not isinstance(coef, int | float) or coef < 0:
+        raise CheckpointError(f"{found.folder}: kl_coef is {coef!r}, expected a number", "resume from another one")
+    if isinstance(drawn, bool) or not isinstance(drawn, int) or drawn < 0:
+        raise CheckpointError(f"{found.folder}: text_drawn is {drawn!r}, expected a count", "resume from another one")

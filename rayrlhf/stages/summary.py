@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rayrlhf.actors.placement import SAMPLING, TRAINING, plan_ppo, plan_training, required
 from rayrlhf.config import Config
 from rayrlhf.config.run import StageName
+from rayrlhf.errors import printable
 from rayrlhf.evaluation.agreement import Row
 
 __all__ = ["show_agreement", "show_counts", "show_evaluation", "show_placement", "show_summary"]
@@ -93,7 +95,8 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             if source:
                 right = f"right {row['right']:.3f}, by character {row['right_by_character']:.3f}"
                 words = f"{row['questions']} questions, {right}, chance {row['chance']:.3f}"
-                console.print(f"{arm}: {source}: {words}", highlight=False, soft_wrap=True)
+                label = f"{arm}: {printable(source)}: {words}"
+                console.print(label, highlight=False, markup=False, soft_wrap=True)
 
 
 def _arms_table(evaluation: Mapping[str, Any]) -> Table:
@@ -101,11 +104,11 @@ def _arms_table(evaluation: Mapping[str, Any]) -> Table:
     rows = {name: heading for name, heading in _ARM_ROWS.items() if name in evaluation}
     arms = dict.fromkeys(arm for name in rows if not name.endswith("win_rate") for arm in evaluation[name])
     base = evaluation["base"]
-    title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over {base}"
-    table = Table(title=title, title_justify="left")
+    title = f"{evaluation['prompts']} held-out prompts, temperature {evaluation['temperature']:g}; wins are over "
+    table = Table(title=title + _label(base), title_justify="left")
     table.add_column("")
     for arm in arms:
-        table.add_column(arm.replace("_", " "), justify="right")
+        table.add_column(_label(arm.replace("_", " ")), justify="right")
     for name, heading in rows.items():
         cells = [evaluation[name].get(f"{arm}_vs_{base}", evaluation[name].get(arm)) for arm in arms]
         table.add_row(heading, *(_with_interval(cell) for cell in cells))
@@ -113,9 +116,15 @@ def _arms_table(evaluation: Mapping[str, Any]) -> Table:
     for flag in dict.fromkeys(flag for held in flags.values() for flag in held):
         cells = [flags.get(arm, {}).get(flag) for arm in arms]
         table.add_row(
-            "flawless (all flags)" if flag == "all" else f"flag: {flag}", *(_with_interval(cell) for cell in cells)
+            "flawless (all flags)" if flag == "all" else f"flag: {_label(flag)}",
+            *(_with_interval(cell) for cell in cells),
         )
     return table
+
+
+def _label(name: str) -> str:
+    """What a data file, a folder or a world calls something, as text: neither markup nor a terminal's commands."""
+    return escape(printable(name)) or "-"
 
 
 def _with_interval(cell: Any) -> str:
@@ -173,7 +182,7 @@ def _accuracy_table(name: str, accuracy: Mapping[str, Mapping[str, Any]]) -> Tab
     for source, row in accuracy.items():
         pairs = f"{row['pairs']:.0f}", f"{row['pairs_before_dropping']:.0f}"
         numbers = ("accuracy", "longer_wins", "ece", "length_bias", "length_bias_of_labels")
-        table.add_row(source or "-", *pairs, *(_three_digits(row[name]) for name in numbers))
+        table.add_row(_label(source), *pairs, *(_three_digits(row[name]) for name in numbers))
     return table
 
 
@@ -184,7 +193,7 @@ def _accuracy_by_k_table(name: str, accuracy: Mapping[str, Mapping[str, Any]], s
         table.add_column(f"K = {k}", justify="right")
     for source, row in accuracy.items():
         cells = [row["accuracy_by_k"].get(k) for k in sizes]
-        table.add_row(source or "-", *(f"{_three_digits(c['accuracy'])} ({c['pairs']})" if c else "-" for c in cells))
+        table.add_row(_label(source), *(f"{_three_digits(c['accuracy'])} ({c['pairs']})" if c else "-" for c in cells))
     return table
 
 

@@ -33,12 +33,16 @@ TINY = [
 ]
 
 
+# What a person's shell holds, and a run must leave nowhere.
+SECRETS = {name: f"planted-{name.lower()}-4fQz81Lw" for name in ("HF_TOKEN", "REWARD_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+
+
 def rayrlhf(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "", **environment},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "", **SECRETS, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,

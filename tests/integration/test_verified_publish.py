@@ -285,6 +285,15 @@ def test_samples_after_a_publish_have_the_new_policys_log_probs_and_version(heal
         assert set(rollout.versions.tolist()) == {healthy.version}
 
 
+def test_the_engine_looks_for_safetensors_and_for_no_other_weights(healthy: Pair, tmp_path: Path) -> None:
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    loader = DefaultModelLoader(healthy.engine._llm.llm_engine.vllm_config.load_config)
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        loader._prepare_weights(str(tmp_path), None, None, True, None)
+
+
 def test_the_same_seed_draws_the_same_tokens(healthy: Pair) -> None:
     first, second = sampled(healthy.engine, requests()), sampled(healthy.engine, requests())
     assert [r.tokens.tolist() for r in first] == [r.tokens.tolist() for r in second]

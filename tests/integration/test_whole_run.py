@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
+from tests.integration.conftest import COMMAND, ROOT, SECRETS, FinishedRun, rayrlhf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -38,6 +38,15 @@ def test_all_stages_run_and_leave_what_the_design_promises(finished: FinishedRun
     )
     logs = {p.name for p in (finished.folder / "logs").iterdir()}
     assert {"policy-0.log", "reference-0.log", "reward-0.log", "value-0.log", "rollout-0.log", "sft-0.log"} <= logs
+
+
+def test_no_secret_of_the_environment_is_in_anything_that_a_run_leaves(finished: FinishedRun) -> None:
+    files = [path for path in finished.output.rglob("*") if path.is_file()]
+    assert {"config.yaml", "report.html", "policy-0.log", "artifact.json", "manifest.json"} <= {p.name for p in files}
+    for path in files:
+        text = path.read_bytes()
+        assert not [name for name, value in SECRETS.items() if value.encode() in text], path
+    assert not [name for name, value in SECRETS.items() if value in finished.stdout]
 
 
 def test_every_artifact_names_its_parents(finished: FinishedRun) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from rayrlhf.config.limits import UNREADABLE, check_size
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import DataError
 
 __all__ = ["RunFolder", "read_folder"]
@@ -99,7 +100,8 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8", errors="replace"))
-    except (YAMLError, ValueError):
+        check_size(tree, str(path))
+    except UNREADABLE:
         notes.append("config.yaml cannot be read as YAML and is left out.")
         return {}
     return _flat(tree) if isinstance(tree, dict) else {}
@@ -111,8 +113,15 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) and value:
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[f"{prefix}{key}"] = _masked(value)
     return flat
+
+
+def _masked(value: Any) -> Any:
+    """Today's configs hold no secrets; one of an older version may."""
+    if isinstance(value, list):
+        return [_masked(item) for item in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -120,7 +129,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         notes.append(f"{path.name} is broken and is left out.")
@@ -138,7 +147,7 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from rayrlhf.checkpoint import store as store_module
 from rayrlhf.checkpoint.store import CheckpointStore
@@ -139,3 +140,78 @@ def test_what_a_save_that_broke_off_left_goes_with_the_next(tmp_path: Path) -> N
     store.begin(3)
     save(store, 4)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000004"]
+
+
+def rewritten(folder: Path, **fields: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def named(name: str) -> dict[str, object]:
+    """A manifest that names /etc/passwd or the like, with the right size and hash."""
+    return {"files": {name: [len("secret"), xxhash.xxh3_128(b"secret").hexdigest()]}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (lambda outside: named("../../outside"), "lies outside"),
+        (lambda outside: named(str(outside)), "lies outside"),
+        (lambda outside: named("link"), "lies outside"),
+        (lambda outside: named("linked_folder/outside"), "lies outside"),
+        (lambda outside: {"files": ["model.txt"]}, "files is no object"),
+        (lambda outside: {"files": {"model.txt": 3}}, "cannot be read"),
+        (lambda outside: {"files": {"model.txt": ["6", 7]}}, "has no size and hash"),
+        (lambda outside: {"files": {"x" * 5000: [1, "0"]}}, "cannot be read"),
+        (lambda outside: {"files": {"a\0b": [1, "0"]}}, "is missing"),
+        (lambda outside: {"step": 10**400}, "its step is 1000"),
+        (lambda outside: {"step": "5"}, "its step is 5"),
+        (lambda outside: {"step": 5.0}, "its step is 5.0"),
+        (lambda outside: {"step": 4}, "its step is 4"),
+        (lambda outside: {"state": [1]}, "state is no object"),
+        (lambda outside: {"state": {"kl_coef": float("nan")}}, "kl_coef of the state is no number"),
+        (lambda outside: {"state": {"text_drawn": 10**400}}, "text_drawn of the state is no number"),
+        (lambda outside: {"inputs": None}, "inputs is no object"),
+    ],
+)
+def test_a_manifest_that_lies_is_passed_over_and_nothing_outside_is_taken(
+    tmp_path: Path, fields: Callable[[Path], dict[str, object]], words: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("secret")
+    store = CheckpointStore(tmp_path / "checkpoints")
+    save(store, 4)
+    folder = save(store, 5)
+    (folder / "link").symlink_to(outside)
+    (folder / "linked_folder").symlink_to(tmp_path)
+    rewritten(folder, **fields(outside))
+    found = store.newest()
+    assert found is not None
+    assert found.step == 4
+    assert words in store.damaged[0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "7", "{}", "[" * 100_000, "\ud800"])
+def test_a_manifest_of_junk_is_passed_over_and_does_not_stop_the_next_save(tmp_path: Path, text: str) -> None:
+    store = CheckpointStore(tmp_path, keep=1, keep_best=2)
+    save(store, 4, score=1.0)
+    (save(store, 5, score=2.0) / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    (tmp_path / "step-of-another").mkdir()
+    found = store.newest()
+    assert found is not None
+    assert (found.step, len(store.damaged)) == (4, 1)
+    save(store, 6, score=0.5)
+    assert store.newest() is not None
+
+
+def test_a_run_of_a_million_steps_goes_on_from_its_newest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1)
+    (tmp_path / "step-000001").rename(tmp_path / "step-999999")
+    rewritten(tmp_path / "step-999999", step=999_999)
+    save(store, 2)
+    (tmp_path / "step-000002").rename(tmp_path / "step-1000000")
+    rewritten(tmp_path / "step-1000000", step=1_000_000)
+    found = store.newest()
+    assert found is not None
+    assert found.step == 1_000_000

@@ -100,7 +100,7 @@ def models(original: Path) -> Path:
     ours.save_pretrained(folder / "policy")
     wide = LlamaConfig(**llama.to_dict() | {"hidden_size": 64, "head_dim": 64})
     for name, shape, tokenizer in (("wide", wide, ours), ("reworded", llama, theirs)):
-        shape.save_pretrained(folder / name)
+        LlamaForCausalLM(shape).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     reward("reward", ours)
     reward("foreign", theirs)

@@ -234,15 +234,16 @@ def test_a_hub_name_loads_its_split(monkeypatch, source, split):
 
     calls = []
 
-    def load(name: str, split: str) -> list[dict]:
+    def load(name: str, split: str) -> datasets.Dataset:
         calls.append((name, split))
-        return [{"prompt": "p"}, {"prompt": 3}]
+        return datasets.Dataset.from_list([{"prompt": "p", "id": 1}, {"prompt": None, "id": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError) as caught:
         read_prompts([source], None)
     assert calls == [(source.split(":")[0], split)]
-    assert caught.value.message == f"{source}:2: `prompt` is int, expected a string or a list of turns"
+    missing = "`prompt` is missing or null, expected a string or a list of turns; found the fields id"
+    assert caught.value.message == f"{source}:2: {missing}"
 
 
 def test_a_hub_dataset_that_does_not_load_says_why(monkeypatch):

@@ -97,6 +97,9 @@ def test_every_static_file_is_in_the_page() -> None:
     assert {path.name for path in static.iterdir()} == {"template.html", *page_module.STYLES, *page_module.SCRIPTS}
 
 
+BOMB = [(i, f"b{i - 1}" if i else "a") for i in range(40)]
+
+
 def drop(*names: str) -> Callable[[Path], None]:
     def ruin(run: Path) -> None:
         for name in names:
@@ -130,6 +133,18 @@ def write(name: str, text: str) -> Callable[[Path], None]:
         write("metrics.jsonl", '{"stage": "ppo", "step": null, "kl/mean": 1}\n{"stage": 3}\n'),
         write("answers.jsonl", '{"prompt": 3, "answers": [1]}\n{"answers": {"sft": null, "ppo": {"kl": 1}}}\n{}\n'),
         write("answers.jsonl", '{"answers": {"ppo": {"tokens": ["a"], "kl": ["b"], "flags": [], "text": 1}}}\n'),
+        write("summary.json", "[" * 100_000),
+        write("summary.json", '{"evaluation": ' + '{"a": ' * 100_000),
+        write(
+            "metrics.jsonl", '{"stage": "ppo", "step": ' + "[" * 100_000 + "\n\0\x1b[2J\n" + "9" * 5000 + "\n[]\nnull\n"
+        ),
+        write("metrics.jsonl", '{"stage": "ppo", "step": 1e999, "kl/mean": ' + "9" * 4000 + "}\n"),
+        write("metrics.jsonl", '{"stage": "ppo", "step": 1, "kl/mean": -1e308, "reward/mean": 1e308}\n' * 3),
+        write("config.yaml", "a: &a [*a]"),
+        write("config.yaml", "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{p}, *{p}]\n" for i, p in BOMB)),
+        write("config.yaml", "[" * 5000),
+        write("config.yaml", "run: !!python/object/apply:os.system ['true']"),
+        write("config.yaml", "run: {name: !!int x}"),
         write("samples.jsonl", '{"step": 1}\n{"response": null, "step": 2, "kl_k1": "x"}\n'),
     ],
 )

@@ -57,6 +57,17 @@ def test_accuracy_by_the_number_of_responses_is_shown_where_there_are_several_nu
     assert ["others", "-", "0.500 (6)", "0.600 (45)"] in lines
 
 
+def test_a_source_is_shown_as_it_is_named_not_as_markup_or_a_terminals_command() -> None:
+    """Sources come from the field of a data file."""
+    lines = shown(**{"[/people]": ROW, "[red]x[/]": ROW, "\x1b[2J\udc80": ROW, "": ROW})
+    assert [line[0] for line in lines if line[1:3] == ["12", "15"]] == [
+        "[/people]",
+        "[red]x[/]",
+        "\\x1b[2J\\udc80",
+        "-",
+    ]
+
+
 def test_pairs_alone_need_no_table_by_their_number() -> None:
     assert not any("K = 2" in line for line in shown(people=ROW, others=ROW))
 
