@@ -114,7 +114,8 @@ def plan(case: Case) -> float:
         micro_batch_tokens=ROWS * (PROMPT + RESPONSE),
     )
     memory = rank_memory(role, work, hardware_named("cpu"), assumptions_for("cpu"))
-    return memory.peak - memory.framework
+    assume = assumptions_for("cpu")
+    return memory.peak - assume["framework_gib"] * GIB
 
 
 def measure(case: Case) -> float:

@@ -80,56 +80,69 @@ def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     parameters, learned, ranks, size = role.shape.parameters, role.learned, role.ranks, work.dtype_bytes
     stage = role.zero_stage
     weights = {"weights": size * parameters / (ranks if stage == 3 else 1)}
-    rest, working, host = dict[str, float](), dict[str, float](), dict[str, float]()
+    rest, host = dict[str, float](), dict[str, float]()
     share = learned / (ranks if stage else 1)
     if stage < 2 or not work.offload_optimizer:  # else they leave for the host bucket by bucket
         rest["gradients"] = size * (learned if stage < 2 else share)
-    master = 4 * share if stage else 0.0
-    optimizer = {"float32 weights": master, "optimizer": 8 * share}
+    optimizer = {"float32 weights": 4 * share if stage else 0.0, "optimizer": 8 * share}
     if role.average:
         rest["average"] = 4 * parameters / (ranks if stage == 3 else 1)
-    # On a CPU only what is touched of a buffer counts.
-    bucket = work.reduce_bucket if work.gpu else min(work.reduce_bucket, learned)
-    if stage or ranks > 1:
-        working["reduce bucket"] = float(size * bucket)
     if work.offload_optimizer:
         host |= {**optimizer, "gradients": 4 * share}
     else:
         rest |= optimizer
-    gathered = 0.0
+    working = dict[str, float]()
     if stage == 3:
-        gathered = size * max(min(work.live_parameters, parameters), role.shape.largest_layer)
+        working["gathered"] = _gathered(role, work)
         if work.hpz > 1:
             weights["hpZ copy"] = size * parameters / work.hpz
         if work.offload_param:
             host["weights"] = weights.pop("weights")
-        working["gathered"] = gathered
-    passes = _passes(role, work, learns=True)
-    copied = min(share, SUB_GROUP) if stage == 3 else share
-    step = (4 * copied if stage and not work.offload_optimizer else 0.0) + _adam_copies(role, work, share)
-    # An optimizer step comes after the backward pass has let go of its activations. A GPU's allocator hands it their
-    # memory; of a process on a CPU that stays, in pieces that the step's large tensors do not fit.
+    framework = assume["framework_gib"] * GIB
     if not work.gpu:
-        working |= {**passes, "step": step}
-    elif step > sum(passes.values()):
-        working["step"] = step
-    else:
-        working |= passes
-    return RankMemory(weights, rest, working, assume["framework_gib"] * GIB, host, 4.0 * parameters)
+        if stage in (1, 2):
+            del rest["gradients"]  # see `_at_work_on_a_cpu`
+        working |= _at_work_on_a_cpu(role, work, assume, share)
+        return RankMemory(weights, rest, working, framework + assume["engine_gib"] * GIB, host, 4.0 * parameters)
+    if stage or ranks > 1:
+        working["reduce bucket"] = float(size * work.reduce_bucket)
+    # An optimizer step comes after the backward pass has let go of its activations.
+    passes, copied = _passes(role, work, learns=True), min(share, SUB_GROUP) if stage == 3 else share
+    step = 4 * copied if stage and not work.offload_optimizer else 0.0
+    working |= {"step": step} if step > sum(passes.values()) else passes
+    return RankMemory(weights, rest, working, framework, host, 4.0 * parameters)
 
 
-def _adam_copies(role: Role, work: Workload, share: float) -> float:
-    """What torch's AdamW holds for a moment: nothing where it is fused, two of the largest tensor where it is not."""
-    if work.gpu:
-        return 0.0
-    return 2 * 4 * (share if role.zero_stage else min(share, role.shape.largest_tensor))
+def _gathered(role: Role, work: Workload) -> float:
+    """What ZeRO-3 holds of the others' weights at most."""
+    return float(work.dtype_bytes * max(min(work.live_parameters, role.shape.parameters), role.shape.largest_layer))
+
+
+def _at_work_on_a_cpu(role: Role, work: Workload, assume: Assumptions, share: float) -> dict[str, float]:
+    """Activations, which the heap does not give back within a step, and the fullest moment after the forward pass.
+
+    Large tensors come from the system and go back to it; only what is touched of a buffer counts. AdamW is not fused,
+    and makes two tensors more of what it steps over.
+    """
+    size, ranks, stage = work.dtype_bytes, role.ranks, role.zero_stage
+    passes = _passes(role, work, learns=True)
+    bucket, others = size * min(work.reduce_bucket, role.learned), (ranks - 1) / ranks
+    scratch = bucket * others  # of gloo's ring
+    if stage == 0:
+        reducing, stepping = (bucket + scratch) * (ranks > 1), 8.0 * min(role.learned, role.shape.largest_tensor)
+    elif stage == 3:  # the bucket is never let go of; beside it what it is cut and scattered from
+        reducing, stepping = bucket + bucket + bucket / ranks, bucket + 4 * min(share, SUB_GROUP) + 8 * share
+    else:  # the gradients lie in the bucket, and then in a copy of the own part
+        reducing, stepping = bucket + scratch + size * share, 4 * share + 8 * share
+    moment = max(passes["logits"], reducing, stepping)
+    return {"activations": passes["activations"] * assume["retained"], "backward or step": moment}
 
 
 def _frozen(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     parameters, size = role.shape.parameters, work.dtype_bytes
     working = _passes(role, work, learns=False)
     if role.zero_stage == 3:
-        working["gathered"] = float(size * max(min(work.live_parameters, parameters), role.shape.largest_layer))
+        working["gathered"] = _gathered(role, work)
     weights = {"weights": role.copies * size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
     return RankMemory(weights, {}, working, assume["framework_gib"] * GIB, {}, 4.0 * parameters)
 
