@@ -1,7 +1,7 @@
 """`rayrlhf plan --calibrate`: half a minute of the product's own engines on this CPU, as a hardware file for the plan.
 
-Two small models learn, score and sample at two sizes of batch; what the plan assumes of a CPU is then set so that it
-would have foreseen these seconds.
+Two small models learn and score, and one samples, at two sizes of batch; what the plan assumes of a CPU is then set so
+that it would have foreseen these seconds. Each is the least of a few: what else runs on the machine can only add.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +23,7 @@ from rayrlhf.config import Config
 from rayrlhf.config.load import dump_yaml
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ActorError, ConfigError
+from rayrlhf.planning.assumptions import assumptions_for
 from rayrlhf.planning.decoding import forward_flops
 from rayrlhf.planning.hardware import Hardware, hardware_named
 from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
@@ -44,39 +44,30 @@ PATIENCE_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Seconds by (model, sequences)."""
+    """Seconds by (model, sequences); of the engine by sequences, with the larger model."""
 
     score: Mapping[tuple[str, int], float]
     """a forward pass"""
     update: Mapping[tuple[str, int], float]
     """a minibatch of one micro-batch, with its optimizer step"""
-    prefill: Mapping[tuple[str, int], float]
+    prefill: Mapping[int, float]
     """all prompts and a first token of each"""
-    decode: Mapping[tuple[str, int], float]
+    decode: Mapping[int, float]
     """one more token of each sequence"""
 
 
 def calibrate(learner_threads: int, engine_threads: int) -> Measured:
     """Raises ActorError: a process that measures ended without an answer."""
-    learning = [_in_a_process(_learn, name, learner_threads) for name in SPECS]
-    sampling = [_in_a_process(_sample, name, engine_threads) for name in SPECS]
-
-    def joined(found: Sequence[Mapping[str, Any]], what: str) -> dict[tuple[str, int], float]:
-        pairs = zip(SPECS, found, strict=True)
-        return {(name, n): seconds for name, times in pairs for n, seconds in times[what].items()}
-
-    return Measured(
-        joined(learning, "score"), joined(learning, "update"), joined(sampling, "prefill"), joined(sampling, "decode")
-    )
+    learned, sampled = _in_a_process(_learn, learner_threads), _in_a_process(_sample, engine_threads)
+    return Measured(**learned, **sampled)
 
 
 def fitted(measured: Measured, hardware: Hardware, learner_threads: int, engine_threads: int) -> dict[str, float]:
     """The plan's assumptions by which it would have foreseen `measured`."""
     shapes = {name: shape_of(from_scratch_config(spec), name) for name, spec in SPECS.items()}
-    peak = hardware.flops("float32")
-    return _of_learner(measured, shapes, peak * learner_threads, hardware.bandwidth * learner_threads) | _of_engine(
-        measured, shapes, peak * engine_threads, hardware.bandwidth * engine_threads
-    )
+    peak, bandwidth = hardware.flops("float32") * learner_threads, hardware.bandwidth * learner_threads
+    learner = _of_learner(measured, shapes, peak, bandwidth)
+    return learner | _of_engine(measured, shapes["large"], hardware, engine_threads)
 
 
 def measure_this_machine(config: Config, hardware: str | None) -> Path:
@@ -121,22 +112,25 @@ def _of_learner(
     }
 
 
-def _of_engine(measured: Measured, shapes: Mapping[str, ModelShape], peak: float, bandwidth: float) -> dict[str, float]:
-    """decode = flops / rate + a step's own + so much a sequence; what small batches take more than that is reading."""
-    cases = list(measured.decode)
-    seconds = np.array([measured.decode[case] for case in cases])
-    cached = PROMPT + RESPONSE / 2
-    flops = np.array([forward_flops(shapes[name], n, n, cached) for name, n in cases])
-    sequences = np.array([float(n) for _, n in cases])
-    rate, step, each = _non_negative(np.stack([flops, np.ones_like(flops), sequences], 1), seconds)
-    few = min(SEQUENCES)
-    weights = 4.0 * shapes["large"].parameters
-    reading = max(measured.decode["large", few] - step - few * each, 1e-6)
+def _of_engine(measured: Measured, shape: ModelShape, hardware: Hardware, threads: int) -> dict[str, float]:
+    """decode = reading or arithmetic + a step's own + so much a sequence; prompts tell how fast arithmetic is."""
+    few, many = SEQUENCES
+    peak, bandwidth = hardware.flops("float32") * threads, hardware.bandwidth * threads
+    rate = forward_flops(shape, many * PROMPT, many, PROMPT / 2) / measured.prefill[many]
+    share = assumptions_for("cpu")["decode_bandwidth"]
+    nbytes = 4.0 * (shape.in_layers + shape.head)
+    # One model cannot tell a slow memory from a slow step: what is assumed of memory stays, unless it is too slow.
+    reading = min(nbytes / (bandwidth * share), measured.decode[few])
+    rest = {
+        n: measured.decode[n] - max(reading, forward_flops(shape, n, n, PROMPT + RESPONSE / 2) / rate)
+        for n in SEQUENCES
+    }
+    each = max(0.0, (rest[many] - rest[few]) / (many - few))
     return {
-        "decode_flops": 1 / (max(rate, 1e-15) * peak),
-        "decode_step_ms": step * 1e3,
+        "decode_flops": rate / peak,
+        "decode_step_ms": max(0.0, rest[few] - few * each) * 1e3,
         "decode_sequence_us": each * 1e6,
-        "decode_bandwidth": weights / reading / bandwidth,
+        "decode_bandwidth": nbytes / reading / bandwidth,
     }
 
 
@@ -161,35 +155,35 @@ def _non_negative(columns: np.ndarray, values: np.ndarray) -> list[float]:
 # ---- what runs in processes of its own
 
 
-def _in_a_process(work: Callable[[str, int, Any], None], name: str, threads: int) -> Mapping[str, Any]:
+def _in_a_process(work: Callable[[int, Any], None], threads: int) -> Mapping[str, Any]:
     """What `work` sends: fresh, since engines cannot share a process, and its noise goes nowhere."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_quietly, args=(work, name, threads, theirs))
+    process = context.Process(target=_quietly, args=(work, threads, theirs))
     process.start()
     theirs.close()
     try:
         if not ours.poll(PATIENCE_S):
-            raise ActorError(f"calibrating: {work.__name__.strip('_')} {name} took over {PATIENCE_S:g} s")
+            raise ActorError(f"calibrating: {work.__name__} took over {PATIENCE_S:g} s")
         found: Mapping[str, Any] = ours.recv()
     except EOFError:
-        raise ActorError(f"calibrating: {work.__name__.strip('_')} {name} ended without an answer") from None
+        raise ActorError(f"calibrating: {work.__name__} ended without an answer") from None
     finally:
         process.join(5)
         process.kill()
     return found
 
 
-def _quietly(work: Callable[[str, int, Any], None], name: str, threads: int, pipe: Any) -> None:
+def _quietly(work: Callable[[int, Any], None], threads: int, pipe: Any) -> None:
     import os
 
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    work(name, threads, pipe)
+    work(threads, pipe)
 
 
-def _learn(name: str, threads: int, pipe: Any) -> None:
+def _learn(threads: int, pipe: Any) -> None:
     from rayrlhf.data.batching import Cutting
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.engines.learning import UpdateSettings, update_policy
@@ -201,17 +195,18 @@ def _learn(name: str, threads: int, pipe: Any) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     join_process_group(Rendezvous(0, 1, "127.0.0.1", port, "cpu", threads, deterministic=False))
+    score, update = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        learner = _learner(from_scratch(SPECS[name], VOCABULARY, 0, 1, seed=0), folder)
-        score, update = {}, {}
-        for sequences in SEQUENCES:
-            made = _experiences(sequences)
-            rollouts = [e.rollout for e in made]
-            cutting = Cutting(sequences * (PROMPT + RESPONSE))
-            settings = UpdateSettings(0.2, cutting)
-            rows, rate = [range(len(made))], 1e-6
-            score[sequences] = _timed(partial(score_logprobs, learner, rollouts, rollouts[0], cutting, 1.0))
-            update[sequences] = _timed(partial(update_policy, learner, made, rows, made[0], settings, rate))
+        for name, spec in SPECS.items():
+            learner = _learner(from_scratch(spec, VOCABULARY, 0, 1, seed=0), folder)
+            for sequences in SEQUENCES:
+                made = _experiences(sequences)
+                rollouts, rows, rate = [e.rollout for e in made], [range(len(made))], 1e-6
+                cutting = Cutting(sequences * (PROMPT + RESPONSE))
+                settings = UpdateSettings(0.2, cutting)
+                key = (name, sequences)
+                score[key] = _timed(partial(score_logprobs, learner, rollouts, rollouts[0], cutting, 1.0))
+                update[key] = _timed(partial(update_policy, learner, made, rows, made[0], settings, rate))
     pipe.send({"score": score, "update": update})
 
 
@@ -250,7 +245,7 @@ def _experiences(count: int) -> list[Any]:
     return made
 
 
-def _sample(name: str, threads: int, pipe: Any) -> None:
+def _sample(threads: int, pipe: Any) -> None:
     from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
     from rayrlhf.models.build import from_scratch
     from rayrlhf.types import PromptTokens, SampleRequest
@@ -258,7 +253,7 @@ def _sample(name: str, threads: int, pipe: Any) -> None:
     rng = np.random.default_rng(0)
     prompts = [PromptTokens(i, rng.integers(2, VOCABULARY, PROMPT).astype(np.int32)) for i in range(4096)]
     with tempfile.TemporaryDirectory() as folder:
-        from_scratch(SPECS[name], VOCABULARY, 0, 1, seed=0).lm.save_pretrained(folder)
+        from_scratch(SPECS["large"], VOCABULARY, 0, 1, seed=0).lm.save_pretrained(folder)
         settings = EngineSettings(
             model=folder,
             dtype="float32",
@@ -314,11 +309,11 @@ class _Fixed:
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds, the median of a few after one that warms up."""
+    """Seconds, the least of a few after one that warms up."""
     work()
     seconds = []
     for _ in range(REPEATS):
         start = perf_counter()
         work()
         seconds.append(perf_counter() - start)
-    return median(seconds)
+    return min(seconds)

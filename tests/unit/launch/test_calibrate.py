@@ -29,8 +29,10 @@ def made_up() -> Measured:
             score[name, n] = 0.005 + flops / 100e9
             update[name, n] = 0.010 + 3 * flops / 50e9 + 32 * shape.parameters / 8e9
             one = n * (2 * shape.multiplied + attention * (PROMPT + RESPONSE / 2) + 2 * shape.head)
-            decode[name, n] = 0.003 + n * 0.0001 + one / 40e9
-            prefill[name, n] = 1.0
+            # The larger model is the last. Memory as the plan assumes it of two threads: half of 24 GB/s.
+            decode[n] = 0.003 + n * 0.0001 + max(4 * (shape.in_layers + shape.head) / 12e9, one / 40e9)
+            prompts = n * PROMPT * (2 * shape.multiplied + attention * PROMPT / 2) + n * 2 * shape.head
+            prefill[n] = prompts / 40e9
     return Measured(score, update, prefill, decode)
 
 
@@ -45,6 +47,7 @@ def test_the_fit_finds_what_made_the_seconds() -> None:
         "decode_flops": 40e9 / 0.2e12,
         "decode_step_ms": 3.0,
         "decode_sequence_us": 100.0,
+        "decode_bandwidth": 0.5,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
