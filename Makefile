@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-quick test test-unit check bench gpu-check format lock clean
+.PHONY: setup demo demo-quick test test-unit test-faults soak check bench gpu-check format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -24,6 +24,12 @@ test: $(READY)  ## all tests, real engines included
 
 test-unit: $(READY)  ## the fast ones
 	@$(BIN)/python -m pytest tests/unit
+
+test-faults: $(READY)  ## every role, killed and hung in every phase (half an hour; goes on where it was ended)
+	@$(BIN)/python -m tests.fault_matrix
+
+soak: $(READY)  ## 200 steps with a fault every few, three seeds, beside the same runs in peace (an hour)
+	@$(BIN)/python -m tests.soak
 
 check: $(READY)  ## lint, types, import rules
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-logo

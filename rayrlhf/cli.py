@@ -50,8 +50,9 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on with the interrupted run of this name: finished stages are taken as they are, PPO from its newest "
-        "whole checkpoint (checkpoint.every). Settings that change what is learned must be as they were.",
+        help="Go on with the interrupted run of this name: finished stages are taken as they are, the one under way "
+        "from its newest whole checkpoint (checkpoint.every of PPO, checkpoint.training_every of pretrain, sft, reward "
+        "and dpo). Settings that change what is learned must be as they were.",
     ),
 ]
 
@@ -91,27 +92,27 @@ def run(
 
 
 @app.command()
-def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def pretrain(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A causal LM from scratch on plain text, with its tokenizer."""
-    _run_one("pretrain", config, overrides, dry_run)
+    _run_one("pretrain", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sft(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """Supervised fine-tuning on demonstrations."""
-    _run_one("sft", config, overrides, dry_run)
+    _run_one("sft", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def reward(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """A reward model from rankings."""
-    _run_one("reward", config, overrides, dry_run)
+    _run_one("reward", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
-def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def dpo(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False, resume: Resume = False) -> None:
     """The baseline: direct preference optimisation of the SFT model on the rankings."""
-    _run_one("dpo", config, overrides, dry_run)
+    _run_one("dpo", config, overrides, dry_run, resume=resume)
 
 
 @app.command()
@@ -186,6 +187,35 @@ def audit(run: Annotated[Path, typer.Argument(help="folder of a run, such as run
     show_audit(run, Console())
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="YAML file", metavar="[CONFIG]")] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST:PORT", help="Ray cluster to look at; left out: the config's, or here."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The findings as the last line of stdout, the table on stderr.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Without the all-reduces and the toy publish.")] = False,
+) -> None:
+    """What of this machine, or of every node of a cluster, would stop a run: each check with what to do; exit code 1
+    where one fails."""
+    settings = load_config(config, overrides or ()) if config else None
+    from rayrlhf.launch.doctor.examination import examine
+    from rayrlhf.launch.doctor.show import as_json as line
+    from rayrlhf.launch.doctor.show import failed, show
+
+    console = Console(stderr=as_json)
+    with console.status("") as status:
+        findings = examine(settings, address, quick, lambda doing: status.update(f"{doing} ..."))
+    show(findings, console)
+    if as_json:
+        print(line(findings))
+    raise typer.Exit(1 if failed(findings) else 0)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
@@ -195,6 +225,21 @@ def bench(
     from rayrlhf.launch.bench import run_benchmark
 
     raise typer.Exit(run_benchmark(name, context.args))
+
+
+@app.command()
+def manifests(
+    values: Annotated[Path, typer.Option("--values", metavar="FILE", help="YAML, such as cluster/values.yaml.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FOLDER", help="Where the files go.")],
+    kinds: Annotated[
+        list[str] | None, typer.Argument(help="kuberay, launcher, slurm, docker, monitoring; all if left out")
+    ] = None,
+) -> None:
+    """The files of a cluster, from one set of values: KubeRay, Ray's cluster launcher, Slurm, Docker, monitoring."""
+    from rayrlhf.launch.manifests import write_manifests
+
+    for path in write_manifests(values, output, kinds or ()):
+        Console().print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

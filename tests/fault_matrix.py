@@ -189,9 +189,10 @@ def run_case(case: Case, command: list[str], folder: Path, quiet: Path, log: Pat
 def node_case(fault: str, sft: str, reward: str, output: Path, quiet: Path) -> dict[str, Any]:
     """The engine's node goes, and a spare one joins."""
     name = f"node-{fault.replace(' ', '-')}"
+    folder = output / name / "run"  # where the same run has not been done yet
     with two_hosts(output) as hosts:
         command = [
-            *ppo_command(sft, reward, output, name, STEPS, 0),
+            *ppo_command(sft, reward, folder, STEPS, 0),
             f"cluster.address={hosts.address}",
             "cluster.rollout.resources={host_b: 0.01}",
             *(f"cluster.{role}.resources={{host_a: 0.01}}" for role in ("policy", "value", "reference", "reward")),
@@ -204,7 +205,7 @@ def node_case(fault: str, sft: str, reward: str, output: Path, quiet: Path) -> d
                 stderr=log,
             )
             try:
-                return _lose_node(hosts, process, output / name, quiet, fault)
+                return _lose_node(hosts, process, folder, quiet, fault)
             finally:
                 process.kill()
 
@@ -219,7 +220,7 @@ def _lose_node(hosts: Hosts, process: subprocess.Popen[bytes], folder: Path, qui
     else:
         hosts.cut()
     hosts.start_spare({"host_b": 1})
-    assert process.wait(400) == 0, (folder.parent / f"{folder.name}.log").read_text()[-2000:]
+    assert process.wait(400) == 0, (folder.parents[1] / f"{folder.parent.name}.log").read_text()[-2000:]
     happened = recoveries(folder)
     differences = same_numbers(quiet, folder)
     assert not differences, differences[:3]
@@ -237,23 +238,24 @@ def main(only: str = "", output: Path = Path("runs/faults"), again: bool = False
     results = output / "results.jsonl"
     done = {row["case"]: row for row in map(json.loads, results.read_text().splitlines())} if results.exists() else {}
     sft, reward = ready_models(output)
-    quiet = {shape: output / f"quiet-{shape.replace(' ', '-')}" for shape in SHAPES}
+    quiet = {shape: output / "peace" / shape.replace(" ", "-") for shape in SHAPES}
 
     def in_peace(shape: str) -> Path:
         folder = quiet[shape]
         if len(records(folder)) < STEPS:
-            command = [*ppo_command(sft, reward, output, folder.name, STEPS, 0), *SHAPES[shape]]
-            with started(command, output / f"{folder.name}.log") as process:
+            command = [*ppo_command(sft, reward, folder, STEPS, 0), *SHAPES[shape]]
+            with started(command, output / f"peace-{folder.name}.log") as process:
                 assert process.wait(400) == 0
         return folder
 
     todo: list[tuple[str, tuple[str, str, str], Callable[[], dict[str, Any]]]] = []
     for case in CASES:
         name = case.name.replace(" ", "-")
-        command = [*ppo_command(sft, reward, output, name, STEPS, 0), *SHAPES[case.shape]]
+        folder = output / name / "run"  # where the same run has not been done yet
+        command = [*ppo_command(sft, reward, folder, STEPS, 0), *SHAPES[case.shape]]
 
-        def run(case: Case = case, command: list[str] = command, name: str = name) -> dict[str, Any]:
-            return run_case(case, command, output / name, in_peace(case.shape), output / f"{name}.log")
+        def run(case: Case = case, command: list[str] = command, folder: Path = folder) -> dict[str, Any]:
+            return run_case(case, command, folder, in_peace(case.shape), output / f"{folder.parent.name}.log")
 
         todo.append((case.name, (case.role, case.fault, case.phase), run))
     for fault in ("killed", "link lost"):

@@ -15,7 +15,17 @@ from typing import Any
 
 import psutil
 
-__all__ = ["ROOT", "actor", "end_session", "recoveries", "send_within", "session", "started", "wait_until"]
+__all__ = [
+    "ROOT",
+    "actor",
+    "end_session",
+    "recoveries",
+    "send_within",
+    "session",
+    "started",
+    "wait_until",
+    "writer_of",
+]
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +79,16 @@ def actor(driver: int, name: str) -> psutil.Process | None:
     return None
 
 
-def send_within(driver: int, name: str, method: str, how: signal.Signals, timeout_s: float = 120) -> int:
+def writer_of(log: Path) -> int:
+    """The process whose output goes into this file, as each actor's does."""
+    for link in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):
+            if os.readlink(link) == str(log):
+                return int(link.parts[2])
+    raise AssertionError(f"no process writes {log}")
+
+
+def send_within(driver: int, name: str, method: str, how: signal.Signals, timeout_s: float = 300) -> int:
     """Send the signal while the actor is in the method, as its own process says just before; returns its number."""
     deadline = time.monotonic() + timeout_s
     title = f"ray::{name}.{method}".encode()
@@ -90,7 +109,7 @@ def recoveries(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_until(true: Callable[[], Any], process: subprocess.Popen[bytes], timeout_s: float = 120) -> None:
+def wait_until(true: Callable[[], Any], process: subprocess.Popen[bytes], timeout_s: float = 300) -> None:
     """Of a run that goes on meanwhile."""
     deadline = time.monotonic() + timeout_s
     while not true():

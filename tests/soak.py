@@ -50,7 +50,10 @@ SMALL = (
     "sft.epochs=1",
 )
 # Faults follow each other as they never do: the budget is not what is tried here.
-PATIENT = ("cluster.recovery.max_restarts=1000", "cluster.recovery.window_s=1", "cluster.recovery.hang_floor_s=4")
+PATIENT = (
+    *("cluster.recovery.max_restarts=1000", "cluster.recovery.window_s=1", "cluster.recovery.hang_floor_s=4"),
+    "cluster.call_timeout_s=60",
+)
 # Of a record: what says how fast and how large, and differs from run to run.
 MEASURED = ("time/", "throughput/", "memory/", "rollout/seconds", "rollout/tail_share", "weights/")
 
@@ -102,7 +105,7 @@ def soak(command: Sequence[str], folder: Path, steps: int, every: int, seed: int
 
 def _schedule(rng: random.Random, steps: int, every: int) -> Iterator[Fault]:
     """The driver dies too, once in a while."""
-    at = 1
+    at = 2
     while at < steps - 1:
         if rng.random() < 0.1:
             yield at, (DRIVER, "any"), signal.SIGKILL
@@ -194,9 +197,9 @@ def ready_models(output: Path) -> tuple[str, str]:
     return stages_of["sft"]["model"], stages_of["reward"]["model"]
 
 
-def ppo_command(sft: str, reward: str, output: Path, name: str, steps: int, seed: int) -> list[str]:
+def ppo_command(sft: str, reward: str, folder: Path, steps: int, seed: int) -> list[str]:
     return [
-        *("ppo", "configs/tiny.yaml", f"run.name={name}", f"run.output={output}", f"run.seed={seed}"),
+        *("ppo", "configs/tiny.yaml", f"run.name={folder.name}", f"run.output={folder.parent}", f"run.seed={seed}"),
         *(f"model={{path: {sft}}}", f"sft.path={sft}", f"reward.path={reward}"),
         *(f"ppo.steps={steps}", "ppo.batch_size=16", "ppo.minibatch_size=8", "ppo.learning_rate=1e-4"),
         *("rollout.max_tokens=12", "run.deterministic=true", "checkpoint.every=1", "ppo.ptx.coef=0.5"),
@@ -211,15 +214,12 @@ def main(steps: int = 200, seeds: str = "0,1,2", every: int = 5, output: Path = 
     table = Table("seed", "faults", "reward, at peace", "reward, with faults", "differs", "files", "left over")
     rows = []
     for seed in map(int, seeds.split(",")):
-        quiet = ppo_command(sft, reward, output, f"quiet-{seed}", steps, seed)
-        with started(quiet, output / f"quiet-{seed}.log") as process:
+        # Outputs of their own: the same run in the same place would be done already.
+        one, other = output / "peace" / f"seed-{seed}", output / "faults" / f"seed-{seed}"
+        with started(ppo_command(sft, reward, one, steps, seed), output / f"peace-{seed}.log") as process:
             assert process.wait(3600) == 0
-        faulty = ppo_command(sft, reward, output, f"faulty-{seed}", steps, seed)
-        report = soak(faulty, output / f"faulty-{seed}", steps, every, seed, output / f"faulty-{seed}.log")
-        audit = subprocess.run(
-            [sys.executable, "-m", "rayrlhf.cli", "audit", str(output / f"faulty-{seed}")], check=False
-        )
-        one, other = output / f"quiet-{seed}", output / f"faulty-{seed}"
+        report = soak(ppo_command(sft, reward, other, steps, seed), other, steps, every, seed, output / f"{seed}.log")
+        audit = subprocess.run([sys.executable, "-m", "rayrlhf.cli", "audit", str(other)], check=False)
         rewards = [records(folder)[-1]["reward/mean"] for folder in (one, other)]
         differences = same_numbers(one, other)
         table.add_row(

@@ -11,12 +11,13 @@ from contextlib import suppress
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
-__all__ = ["connect", "disconnect"]
+__all__ = ["connect", "disconnect", "join"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
@@ -31,9 +32,7 @@ def connect(config: Config) -> None:
     """
     # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    local = config.cluster.address is None
-    logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
-    _init(config, local, math.ceil(promised_cpus(config)))
+    join(config.cluster.address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
     try:
         check_resources(config, ray.cluster_resources())
     except BaseException:
@@ -41,14 +40,20 @@ def connect(config: Config) -> None:
         raise
 
 
-def _init(config: Config, local: bool, cpus: int) -> None:
+def join(address: str | None, namespace: str, cpus: int = 0) -> None:
+    """Join the Ray at `address` (`auto`, `host:port`); None starts one here, which promises so many CPUs at least.
+
+    Raises:
+        ResourceError: no cluster answers.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
     try:
-        if config.cluster.address not in (None, "auto"):
-            _knock(config.cluster.address)
-        _ray_init(config, local, cpus)
+        if address is not None and address != "auto":
+            _knock(address)
+        _ray_init(address, namespace, cpus)
     except OSError as error:  # ConnectionError among them
         raise ResourceError(
-            f"cluster.address {config.cluster.address}: no Ray cluster answers ({str(error).splitlines()[0]})",
+            f"cluster.address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave cluster.address out to start Ray here",
         ) from None
 
@@ -60,11 +65,14 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
-def _ray_init(config: Config, local: bool, cpus: int) -> None:
+def _ray_init(address: str | None, namespace: str, cpus: int) -> None:
+    local = address is None
     before = signal.getsignal(signal.SIGTERM)
+    if local:
+        _stay_on_loopback()
     ray.init(
-        address="local" if local else config.cluster.address,  # None would join any cluster that runs on this machine
-        namespace=f"rayrlhf-{config.run.name}",
+        address="local" if local else address,  # None would join any cluster that runs on this machine
+        namespace=namespace,
         # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
         num_cpus=max(os.cpu_count() or 1, cpus) if local else None,
         include_dashboard=False if local else None,
@@ -74,6 +82,12 @@ def _ray_init(config: Config, local: bool, cpus: int) -> None:
     )
     with suppress(ValueError):  # Ray has put its own there, which exits with 15; signals reach the main thread alone
         signal.signal(signal.SIGTERM, before)
+
+
+def _stay_on_loopback() -> None:
+    """A Ray of our own has one node: it does as on systems where Ray makes no clusters, and listens to nobody else."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for Ray's own processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
 
 
 def disconnect() -> None:

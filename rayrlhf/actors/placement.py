@@ -18,6 +18,7 @@ __all__ = [
     "check_resources",
     "plan_ppo",
     "plan_training",
+    "plans",
     "promised_cpus",
     "shared_bundles",
 ]

@@ -42,7 +42,8 @@ class Checkpoint:
 
 @dataclass
 class CheckpointStore:
-    """The checkpoints of one PPO run: the newest `keep` stay, and beside them the `keep_best` with the best score."""
+    """The checkpoints of one PPO run or supervised stage: the newest `keep` stay, and beside them the `keep_best` with
+    the best score."""
 
     root: Path
     keep: int = 2
@@ -54,13 +55,17 @@ class CheckpointStore:
         """An empty folder to write the checkpoint into; `finish` makes it one."""
         for broken_off in self.root.glob(".step-*.partial"):
             shutil.rmtree(broken_off, ignore_errors=True)
-        partial = self.root / f".step-{step:06d}.partial"
+        partial = self.partial(step)
         partial.mkdir(parents=True)
         return partial
 
+    def partial(self, step: int) -> Path:
+        """The folder that `begin` has made, for others who write into it."""
+        return self.root / f".step-{step:06d}.partial"
+
     def finish(self, step: int, state: Mapping[str, Any], inputs: Mapping[str, Any], score: float | None) -> Path:
         """Hash and flush what is in the folder of `begin`, name it, and let go of those that need not stay."""
-        partial, final = self.root / f".step-{step:06d}.partial", self.root / f"step-{step:06d}"
+        partial, final = self.partial(step), self.root / f"step-{step:06d}"
         files = {str(p.relative_to(partial)): _sealed(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = {"step": step, "state": dict(state), "score": score, "inputs": dict(inputs), "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -19,11 +19,20 @@ from rayrlhf.config.root import Config
 from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "dump_yaml", "load_config", "read_yaml", "validated"]
-
-DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
+__all__ = [
+    "DATA_ROOT_VARIABLE",
+    "config_from",
+    "dump_config",
+    "dump_yaml",
+    "load_config",
+    "load_section",
+    "read_yaml",
+    "validated",
+]
 
 S = TypeVar("S", bound=BaseModel)
+
+DATA_ROOT_VARIABLE = "RAYRLHF_HUMAN_DATA"
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Config:
@@ -52,12 +61,21 @@ def config_from(
     return validated(Config, tree, source)
 
 
-def validated(section: type[S], tree: Any, source: str) -> S:
+def load_section(path: Path | str, model: type[S]) -> S:
+    """A YAML file that is no run's config, as strict and with the same messages.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    return validated(model, read_yaml(Path(path)), str(path))
+
+
+def validated(model: type[S], tree: Any, source: str) -> S:
     """`tree` as this section; ConfigError names each key that is wrong, what was found and the nearest valid name."""
     try:
-        return section.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(dict(item), section)}" for item in error.errors())) from None
+        raise ConfigError(_explain(error, source, model)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -146,12 +164,16 @@ def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
         data["root"] = root
 
 
-def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    return "\n".join(f"{where}: {_explain_one(dict(item), model)}" for item in error.errors())
+
+
+def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     loc = [str(part) for part in item["loc"]]
     dotted = ".".join(loc) or "config"
     if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(loc[-1], _fields_at(section, loc[:-1]), n=1, cutoff=0.5)
-        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(section, loc[:-1]))}"
+        near = difflib.get_close_matches(loc[-1], _fields_at(loc[:-1], model), n=1, cutoff=0.5)
+        suggestion = ".".join([*loc[:-1], near[0]]) if near else f"one of {', '.join(_fields_at(loc[:-1], model))}"
         return f"{dotted}: unknown key; did you mean {suggestion}?"
     if item["type"] == "missing":
         return f"{dotted}: missing"
@@ -160,17 +182,19 @@ def _explain(item: dict[str, Any], section: type[BaseModel]) -> str:
         return f"{dotted}: {message}" if loc else message
     found = "null" if item["input"] is None else shown(item["input"])
     if item["type"] == "model_type":  # a value where a section is
-        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(section, loc))} in it"
+        return f"{dotted}: found {found}; it is a section: set one of {', '.join(_fields_at(loc, model))} in it"
     return f"{dotted}: found {found}; {item['msg'][:1].lower()}{item['msg'][1:]}"
 
 
-def _fields_at(section: type[BaseModel], loc: Sequence[str]) -> list[str]:
-    """Names valid in the section that `loc` points at."""
-    model = section
-    for part in loc:
+def _fields_at(loc: Sequence[str], model: type[BaseModel]) -> list[str]:
+    """Names valid in the section of `model` that `loc` points at."""
+    parts = iter(loc)
+    for part in parts:
         if part not in model.model_fields:
             return []
         annotation = model.model_fields[part].annotation
+        if get_origin(annotation) is dict:  # sections by names of the user's own
+            next(parts, None)
         candidates = (annotation, *get_args(annotation))
         nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
         if not nested:

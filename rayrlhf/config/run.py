@@ -44,15 +44,20 @@ class RunConfig(Section):
 class CheckpointConfig(Section):
     every: NonNegativeInt = 0
     """PPO steps between checkpoints, from which `--resume` goes on; 0 saves only the models that the run ends with."""
+    training_every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints of a supervised stage (pretrain, sft, reward, dpo), from which `--resume` and
+    a worker that was lost go on; 0 saves none. They are let go once the stage is done."""
     keep: PositiveInt = 2
-    """How many of the newest stay on disk."""
+    """How many of the newest stay on disk, of PPO and of a supervised stage each."""
     keep_best: NonNegativeInt = 0
-    """Beside them so many of those whose step had the highest mean reward."""
+    """Beside them so many of those whose PPO step had the highest mean reward."""
 
 
 class TrackingConfig(Section):
     wandb: Literal["off", "offline", "online"] = "off"
     """`online` without a login falls back to `offline`, and says so."""
     project: str = "rayrlhf"
+    ray_metrics: bool = False
+    """Offer each record's numbers to Prometheus too, at the metrics endpoint of the driver's Ray node."""
     samples_per_step: Annotated[int, Field(ge=0, le=64, strict=True)] = 4
     """Responses a step written, decoded, to samples.jsonl."""

@@ -30,6 +30,9 @@ from rayrlhf.weights.names import publish_names
 
 __all__ = ["FrozenModel", "Learner", "LearnerSettings", "LossFunction"]
 
+# So many buckets of a publish grow up to the size that the config says.
+FIRST_BUCKETS = 3
+
 M = TypeVar("M")
 M_contra = TypeVar("M_contra", contravariant=True)
 R = TypeVar("R")
@@ -204,8 +207,12 @@ class Learner(_Engine):
 
     def bucket_names(self, module: nn.Module, bucket_bytes: int) -> list[list[str]]:
         """Which parameters of `module` go together in `named_buckets`."""
-        sizes = [(n, _numel(p) * p.element_size()) for n, p in publish_names(module)]
-        return bucket_plan(sizes, bucket_bytes)
+        named = publish_names(module)
+        last = {id(p): place for place, (_, p) in enumerate(named)}
+        named.sort(key=lambda pair: last[id(pair[1])])  # the names of a shared parameter together: it travels once
+        again = [p is before for (_, p), (_, before) in zip(named[1:], named, strict=False)]
+        sizes = [(n, 0 if known else _nbytes(p)) for (n, p), known in zip(named, [False, *again], strict=True)]
+        return bucket_plan(sizes, bucket_bytes, FIRST_BUCKETS)
 
     def named_buckets(self, module: nn.Module, bucket_bytes: int) -> Generator[list[tuple[str, Tensor]], None, None]:
         """The whole parameters of `module`, bucket by bucket.
@@ -269,8 +276,8 @@ def _learner_config(settings: LearnerSettings, zero_stage: int) -> dict[str, Any
     }
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def _nbytes(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def _tied_aliases(module: nn.Module) -> list[str]:

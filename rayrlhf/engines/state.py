@@ -63,6 +63,8 @@ def load_state(learner: Learner, folder: Path) -> None:
                     f"{path}: {prefix}{name} does not fit this learner", "resume with the model that it was saved with"
                 )
             optimizer.state[master].setdefault(name, value.to(master.device if value.dim() or beside else "cpu"))
+    # ZeRO-3 keeps small weights whole, and what a pass has gathered last: copies that would outlive what is loaded.
+    _partition(learner)
     held = _state(learner)
     if learner.rank and not learner.zero_stage:  # rank 0's file, and of a whole model it alone keeps the average
         saved = {name: tensor for name, tensor in saved.items() if not name.startswith("average.")}
@@ -73,6 +75,14 @@ def load_state(learner: Learner, folder: Path) -> None:
                 "resume with the model, the number of ranks and the ZeRO stage that it was saved with",
             )
         held[name].copy_(saved[name])
+    if small := getattr(learner.engine.optimizer, "persistent_parameters", None):
+        small[0].all_gather(small)
+
+
+def _partition(learner: Learner) -> None:
+    sharded: list[Any] = [p for p in learner.module.parameters() if hasattr(p, "ds_tensor")]
+    if sharded:
+        sharded[0].partition(sharded)  # those that are not gathered stay as they are
 
 
 def _state(learner: Learner) -> dict[str, Tensor]:

@@ -180,15 +180,16 @@ class RolloutEngine:
             WeightSyncError: when keys and values of the old weights are still cached.
         """
         self._rpc("finish_weight_update")
+        self._drop_caches()
+        start = perf_counter()
+        logprobs = self._probe(rows)
+        probe_s = perf_counter() - start
         receipts = self._llm.collective_rpc("weight_receipt")
         # Shards of one tensor-parallel engine receive the same buckets; where one got another, both are reported.
         got = zip_longest(*(prints for prints, _, _ in receipts), fillvalue="none")
         fingerprints = tuple("/".join(dict.fromkeys(prints)) for prints in got)
         missing = tuple(sorted({name for _, names, _ in receipts for name in names}))
-        self._drop_caches()
-        start = perf_counter()
-        logprobs = self._probe(rows)
-        return EngineReceipt(fingerprints, missing, logprobs, **receipts[0][2], probe_s=perf_counter() - start)
+        return EngineReceipt(fingerprints, missing, logprobs, **receipts[0][2], probe_s=probe_s)
 
     def _drop_caches(self) -> None:
         """Cached prefixes were computed by the old weights. No log-prob of the probe would show one that stayed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,9 +24,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from rayrlhf.models.vllm_layers import create_reload
 from rayrlhf.weights.buckets import BucketHeader, fingerprint, unpack
 from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
 
@@ -45,10 +45,11 @@ class InitInfo(WeightTransferInitInfo):
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     ticket: dict[str, Any]
+    """`last` in it: no bucket follows, and the sender leaves this one as it is until all is verified"""
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Receives buckets through any of our transports and hands them to vLLM's layer-wise reload."""
+    """Receives buckets through any of our transports and loads them layer by layer."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -58,20 +59,22 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         _keep_freed_memory()
         self._receiver: Receiver = create_receiver(init_info.transport)
         self._held = {name for name, _ in self.model.named_parameters()}
+        self._reload = create_reload(self.model, self.model_config)
+        self._beside = ThreadPoolExecutor(1)
         self._begin()
 
     def meet(self, meeting: Meeting) -> None:
         self._receiver.meet(meeting)
 
     def _begin(self) -> None:
-        self.fingerprints: list[str] = []
+        self._prints: list[Future[str]] = []
         self.seconds = dict.fromkeys(("transfer_s", "fingerprint_s", "load_s"), 0.0)
         self._loaded: set[str] = set()
 
     def start_weight_update(self) -> None:
         self._begin()
         with self._timed("load_s"):
-            initialize_layerwise_reload(self.model)
+            self._reload.begin()
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         header = BucketHeader.from_dict(update_info.ticket["header"])
@@ -82,21 +85,26 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._loaded |= self.model.load_weights(tensors)
             self._keep_what_waits(buffer)
         # Last: the bytes are still the sender's, and one that changed while they were loaded must show.
+        self._prints.append(self._beside.submit(self._fingerprint, header, buffer))
+        if not update_info.ticket.get("last"):  # beside the probe, else before the sender may write
+            self._prints[-1].result()
+
+    def _fingerprint(self, header: BucketHeader, buffer: torch.Tensor) -> str:
         with self._timed("fingerprint_s"):
-            self.fingerprints.append(fingerprint(header, buffer))
+            return fingerprint(header, buffer)
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the buckets that this update has got."""
+        return [made.result() for made in self._prints]
 
     def _keep_what_waits(self, buffer: torch.Tensor) -> None:
         """vLLM holds tensors until a layer is complete, and the sender uses the buffer's memory again: copy those."""
-        lent = buffer.untyped_storage().data_ptr()
-        for layer in self.model.modules():
-            for _, loading in get_layerwise_info(layer).loaded_weights:
-                for name, value in loading.arguments.items():
-                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == lent:
-                        loading.arguments[name] = value.clone()
+        self._reload.keep(buffer)
 
     def finish_weight_update(self) -> None:
         with self._timed("load_s"):
-            finalize_layerwise_reload(self.model, self.model_config)
+            self._reload.finish()
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

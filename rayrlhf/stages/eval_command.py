@@ -119,7 +119,7 @@ def _evaluate(config: Config, models: dict[str, str], reward: str | None, folder
     preflight.check_evaluation(config, data)
     preflight.check_world(config, data, ["eval"])
     folder.mkdir(parents=True, exist_ok=True)
-    context = StageContext(config, data, folder, RunSink(folder, None), console)
+    context = StageContext(config, data, folder, RunSink(folder), console)
     try:
         result: dict[str, Any] = evaluate_models(context, models, reward, folder)
     finally:

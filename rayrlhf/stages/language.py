@@ -18,6 +18,7 @@ from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.lineage import absolute
 from rayrlhf.stages.selection import BestEpoch, ResponseLimits, mean_reward, spread_prompts
 from rayrlhf.stages.training import TrainingJob, fetch, run_training, worker_log
+from rayrlhf.supervised.checkpoints import TrainingCheckpoints
 from rayrlhf.supervised.loop import Mix, train
 
 __all__ = ["run_pretrain", "run_sft"]
@@ -75,14 +76,20 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
     examples, heldout, texts = fetch(job)
     result: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "examples": len(examples)}
     held = LanguageTask(heldout) if heldout else None
-    if held:
-        log({"phase": "evaluating"})
-        result["heldout_loss_before"] = held.evaluate(learner, job.train.cutting)
     best = _best_epoch(job, learner, model, held, log)
+    checkpoints = TrainingCheckpoints(learner, job.checkpoints, log, best)
+
+    def heldout_before() -> dict[str, Any]:
+        if held is None:
+            return {}
+        log({"phase": "evaluating"})
+        return {"heldout_loss_before": held.evaluate(learner, job.train.cutting)}
+
+    result |= checkpoints.before(heldout_before)
     torch.manual_seed(job.seed + 1 + learner.rank)  # each rank draws its own dropout
     log({"phase": "training"})
-    trained = train(learner, LanguageTask(examples), job.train, log, _mix(job, texts), best)
-    result |= {f"train_{k}": v for k, v in trained.items()}
+    trained = train(learner, LanguageTask(examples), job.train, log, _mix(job, texts), best, checkpoints)
+    result |= {f"train_{k}": v for k, v in trained.items()} | checkpoints.figures
     if best:
         return result | {"selected": best.best, "heldout_loss": best.best["heldout_loss"]}
     if held:

@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.models import Judge
@@ -298,7 +299,9 @@ class _StageSink:
         self._context.sink.write({"stage": "ppo", **self._arm, **record})
         self._kept[0].write({**self._arm, **record})
         for engine, reason in record["weights/quarantine_reasons"].items():
-            self._context.console.print(f"[yellow]{engine} is left out, its weights are not verified:[/] {reason}")
+            self._context.console.print(
+                f"[yellow]{engine} is left out, its weights are not verified:[/] {escape(reason)}"
+            )
         names = {"reward/mean": "reward", "reward/gold": "gold", "kl/mean": "kl", "response/length_mean": "length"}
         shown = {word: record[name] for name, word in names.items() if name in record}
         self._progress.step(record["step"], self._steps, shown, **self._arm)

@@ -36,25 +36,39 @@ class Replacements:
         Raises:
             ActorError: `who` (a role, or one engine) has failed too often; the last cause is in the message.
         """
-        health = self._health.setdefault(who, Health(self._budget, monotonic))
         lost = monotonic()
         while True:
-            wait = health.failed()
-            self._tell(who, cause, wait)
-            if wait is None:
-                raise self._spent(who, cause, health.failures) from cause
-            await asyncio.sleep(wait)
-            health.starting()
+            await asyncio.sleep(self.lost(who, cause))
+            self.starts(who)
             try:
                 await start()
             except (ActorError, ResourceError) as failure:
                 cause = failure if isinstance(failure, ActorError) else ActorError(failure.message, failure.hint)
                 continue
-            health.serving()
-            seconds = monotonic() - lost
-            self._write({"who": who, "event": "replaced", "seconds": seconds})
-            self._console.print(f"{who} is there again after {seconds:.1f} s", highlight=False)
+            self.is_back(who, monotonic() - lost)
             return
+
+    def lost(self, who: str, cause: ActorError) -> float:
+        """Tell of it; seconds to wait before `who` is started again.
+
+        Raises:
+            ActorError: it has failed too often.
+        """
+        health = self._health.setdefault(who, Health(self._budget, monotonic))
+        wait = health.failed()
+        self._tell(who, cause, wait)
+        if wait is None:
+            raise self._spent(who, cause, health.failures) from cause
+        return wait
+
+    def starts(self, who: str) -> None:
+        self._health[who].starting()
+
+    def is_back(self, who: str, seconds: float) -> None:
+        """After so many seconds."""
+        self._health[who].serving()
+        self._write({"who": who, "event": "replaced", "seconds": seconds})
+        self._console.print(f"{who} is there again after {seconds:.1f} s", highlight=False)
 
     def _tell(self, who: str, cause: ActorError, wait: float | None) -> None:
         self._write({"who": who, "event": "lost", "cause": cause.message, "restart_in_s": wait})

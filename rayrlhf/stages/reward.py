@@ -74,6 +74,7 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.scoring import check_packing
     from rayrlhf.models.build import new_scalar
+    from rayrlhf.supervised.checkpoints import TrainingCheckpoints
     from rayrlhf.supervised.loop import train
     from rayrlhf.supervised.ranking import RankingTask
 
@@ -86,8 +87,10 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     examples, heldout, demonstrations = fetch(job)
     cutting = job.train.cutting
     log({"phase": "training"})
-    trained = train(learner, RankingTask(examples), job.train, log)
+    checkpoints = TrainingCheckpoints(learner, job.checkpoints, log)
+    trained = train(learner, RankingTask(examples), job.train, log, checkpoints=checkpoints)
     result: dict[str, Any] = {"examples": len(examples)} | {f"train_{k}": v for k, v in trained.items()}
+    result |= checkpoints.figures
     log({"phase": "evaluating"})
     result |= _evaluate(model, learner, heldout, demonstrations, cutting, job.extra["unit_variance"])
     log({"phase": "saving"})

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from rayrlhf.actors.exporter import RayMetrics
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.checkpoint.ledger import LEDGER
 from rayrlhf.config import Config, dump_config
@@ -25,7 +26,7 @@ from rayrlhf.config.secrets import masked
 from rayrlhf.errors import ConfigError, RayRLHFError, Stopped, printable
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
-from rayrlhf.metrics.sinks import RunSink, WandbSink, read_jsonl
+from rayrlhf.metrics.sinks import RunSink, Sink, WandbSink, read_jsonl
 from rayrlhf.stages import preflight
 from rayrlhf.stages.collect import run_collect
 from rayrlhf.stages.context import StageContext
@@ -36,7 +37,7 @@ from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.plan import show_and_check
 from rayrlhf.stages.ppo import run_ppo_stage
-from rayrlhf.stages.resume import check_same, has_checkpoints
+from rayrlhf.stages.resume import check_same, has_checkpoints, let_go
 from rayrlhf.stages.reward import run_reward
 from rayrlhf.stages.summary import show_counts, show_placement, show_summary
 from rayrlhf.stages.world import with_world
@@ -63,7 +64,7 @@ def run(
     """Check everything, then run the stages that are not done yet. Returns the run's folder.
 
     Args:
-        resume: go on with the interrupted run of this name, PPO from its newest checkpoint.
+        resume: go on with the interrupted run of this name, the stage under way from its newest checkpoint.
         verify_step: the PPO step, counted from 1, that is compared with the reference trainer; the ppo stage is then
             run even if it was done before.
 
@@ -98,8 +99,8 @@ def run(
         preflight.check_evaluation(config, data)
     preflight.check_world(config, data, todo)
     _check_parents(config, lineage, todo)
-    if resume and "ppo" in todo:
-        check_same(config.run.output / config.run.name, config, lineage.inputs("ppo"))
+    for stage in todo if resume else ():
+        check_same(config.run.output / config.run.name, config, stage, lineage.inputs(stage))
     if dry_run:
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
         show_placement(console, config, todo)
@@ -158,7 +159,7 @@ class _Run:
 
     def execute(self) -> Path:
         self._prepare_folder()
-        sink = RunSink(self.folder, self._wandb())
+        sink = RunSink(self.folder, self._other_sinks())
         context = StageContext(self.config, self.data, self.folder, sink, self.console, self.resume, self.verify_step)
         summary: dict[str, Any] = {
             "name": self.config.run.name,
@@ -170,6 +171,8 @@ class _Run:
         }
         try:
             for stage in self.config.stages():
+                if context.asked_to_end:
+                    raise Stopped(f"stopped before {stage}", "go on with --resume")
                 summary["stages"][stage] = self._stage(context, stage)
             summary["status"] = "done"
         except Stopped:
@@ -198,6 +201,7 @@ class _Run:
                 result["seconds"] = perf_counter() - start
                 artifact = self.store.finish(workspace, stage, key, self.lineage.inputs(stage), parents, result)
                 _take_rankings(self.data, self.lineage)
+                let_go(self.folder, stage)
             finally:
                 shutil.rmtree(workspace, ignore_errors=True)  # finish has renamed it, unless the stage failed
         else:
@@ -237,14 +241,11 @@ class _Run:
 
     def _prepare_folder(self) -> None:
         """A fresh folder; an earlier run of this name moves aside, whole, unless it is resumed or only shown again."""
-        resumable = self.resume and has_checkpoints(self.folder)
-        if self.resume and not resumable:
+        todo = [stage for stage in self.config.stages() if self.lineage.finished(stage) is None]
+        resumable = self.resume and has_checkpoints(self.folder, todo)
+        if self.resume and todo and not resumable:
             self.console.print("there is no checkpoint to go on from: starting anew", highlight=False)
-        if (
-            not resumable
-            and self.folder.exists()
-            and any(self.lineage.finished(stage) is None for stage in self.config.stages())
-        ):
+        if not resumable and self.folder.exists() and todo:
             numbers = (n for n in count(1) if not self.folder.with_name(f"{self.folder.name}.{n}").exists())
             aside = self.folder.with_name(f"{self.folder.name}.{next(numbers)}")
             self.folder.rename(aside)
@@ -254,12 +255,14 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
 
-    def _wandb(self) -> WandbSink | None:
-        tracking = self.config.tracking
-        if tracking.wandb == "off":
-            return None
-        settings = self.config.model_dump(mode="json")
-        sink = WandbSink(tracking.wandb, tracking.project, self.config.run.name, self.folder, settings)
-        if sink.mode != tracking.wandb:
-            self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
-        return sink
+    def _other_sinks(self) -> list[Sink]:
+        tracking, name, sinks = self.config.tracking, self.config.run.name, list[Sink]()
+        if tracking.wandb != "off":
+            settings = self.config.model_dump(mode="json")
+            wandb = WandbSink(tracking.wandb, tracking.project, name, self.folder, settings)
+            if wandb.mode != tracking.wandb:
+                self.console.print("wandb: no login found, writing offline (`wandb sync` uploads it later)")
+            sinks.append(wandb)
+        if tracking.ray_metrics:
+            sinks.append(RayMetrics(name))
+        return sinks

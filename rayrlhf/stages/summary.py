@@ -52,7 +52,7 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
     table.add_column("seconds", justify="right")
     table.add_column("result")
     for stage, result in summary["stages"].items():
-        seconds = "cached" if result["cached"] else f"{result['seconds']:.0f}"
+        seconds = "cached" if result["cached"] else f"{result['seconds']:.0f}{_saves(result)}"
         table.add_row(stage, seconds, _describe(stage, result))
     console.print(table)
     for stage, result in summary["stages"].items():
@@ -69,6 +69,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: Path) -> 
         if "model" in result:
             console.print(f"{stage:<9} model: {result['model']}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"records, samples and logs are in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _saves(result: Mapping[str, Any]) -> str:
+    """What a supervised stage's checkpoints took of its seconds."""
+    return f" ({result['saves']} saves: {result['save_seconds']:.2g})" if result.get("saves") else ""
 
 
 # measure -> what it is called; a missing one has no row

@@ -1,7 +1,8 @@
-"""One supervised stage under Ray Train: the driver's side launches and watches, the worker's side trains.
+"""One supervised stage under Ray Train: the driver's side launches (and watches: supervision.py), the worker's trains.
 
 Both sides share the stage's workspace: the workers write metrics.jsonl, result.json and model/ there, the driver
-follows metrics.jsonl for the progress bar.
+follows metrics.jsonl for the progress bar. They share the run's checkpoints too: workers save, the driver says from
+which one to go on.
 """
 
 from __future__ import annotations
@@ -10,30 +11,29 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
 import ray
 
 from rayrlhf.actors.base import use_rays_network
 from rayrlhf.actors.placement import plan_training
+from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.config.training import Adam, SupervisedConfig
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings
-from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
+from rayrlhf.stages.resume import as_json, store_of_training
+from rayrlhf.stages.supervision import Supervision
+from rayrlhf.supervised.checkpoints import CheckpointPlan
 from rayrlhf.supervised.loop import TrainSettings
 
 __all__ = ["TrainingJob", "learner_settings", "run_training", "train_settings"]
-
-# What a person sees of a record, and what it is called there.
-SHOWN = {"loss": "loss", "pretrain_loss": "pretrain loss", "learning_rate": "lr"}
-JUDGED = {"heldout_loss": "held-out loss", "reward": "reward"}
 
 WorkerBody = Callable[["TrainingJob"], dict[str, Any]]
 
@@ -57,6 +57,7 @@ class TrainingJob:
     deterministic: bool
     learner: LearnerSettings
     train: TrainSettings
+    checkpoints: CheckpointPlan
     data: Any
     """handle of the stage's own examples; the worker fetches them"""
     extra: dict[str, Any]
@@ -72,17 +73,17 @@ def run_training(
     model: str | None,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Train on `cluster.train` workers; returns what rank 0's body returned.
+    """Train on `cluster.train` workers; returns what rank 0's body returned, and how often they were started again.
 
     Raises:
-        ActorError, or the error of ours that a worker raised.
+        Stopped, ActorError, or the error of ours that a worker raised.
     """
     context.ensure_ray()
-    config, placement = context.config, plan_training(context.config)
+    config, placement, workspace = context.config, plan_training(context.config), workspace.resolve()
     job = TrainingJob(
         stage=stage,
         body=body,
-        workspace=str(workspace.resolve()),
+        workspace=str(workspace),
         logs=tuple(context.log(f"{stage}-{rank}") for rank in range(placement.ranks)),
         device=config.cluster.device,
         threads=placement.threads,
@@ -92,14 +93,21 @@ def run_training(
         deterministic=config.run.deterministic,
         learner=learner_settings(context, stage, section.adam, section.zero_stage, section.learning_rate),
         train=train_settings(config, section),
+        checkpoints=CheckpointPlan(
+            store=store_of_training(context.folder, config, stage),
+            every=config.checkpoint.training_every,
+            inputs=as_json(context.inputs),
+            workspace=workspace,
+            stop=workspace / "ray" / "stop",
+        ),
         data=ray.put(data),
         extra=extra,
     )
     with StageProgress(context.console, stage) as progress:
-        _watch(_start(context, job, workspace), _Follower(workspace / "metrics.jsonl"), context, progress, job)
+        restarts = Supervision(context, job, progress, lambda *of: _start(context, job, workspace, *of)).run()
     shutil.rmtree(workspace / "ray", ignore_errors=True)  # Ray Train's own notes of a run that is over
     result: dict[str, Any] = json.loads((workspace / "result.json").read_text(encoding="utf-8"))
-    return result
+    return result | {"restarts": restarts}
 
 
 def learner_settings(
@@ -144,8 +152,13 @@ def train_settings(config: Config, section: SupervisedConfig) -> TrainSettings:
     )
 
 
-def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[Any]:
-    """Start the trainer in a thread of its own: in the main thread Ray Train would keep Ctrl-C for itself, for good."""
+def _start(
+    context: StageContext, job: TrainingJob, workspace: Path, found: Checkpoint | None, restarts: int
+) -> Future[Any]:
+    """Start the trainer in a thread of its own: in the main thread Ray Train would keep Ctrl-C for itself, for good.
+
+    It has no `FailureConfig`: that would run a stage again whose loss is not finite, or whose disk is full.
+    """
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -153,7 +166,7 @@ def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[A
     gpu = placement.gpus > 0
     trainer = TorchTrainer(
         worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": replace(job, checkpoints=replace(job.checkpoints, found=found))},
         torch_config=_over_rays_network("nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=placement.ranks,
@@ -162,8 +175,8 @@ def _start(context: StageContext, job: TrainingJob, workspace: Path) -> Future[A
             placement_strategy=placement.strategy.upper(),
         ),
         run_config=RunConfig(
-            name="ray_train",
-            storage_path=str((workspace / "ray").resolve()),
+            name=f"ray_train_{restarts}",
+            storage_path=str(workspace / "ray"),
             worker_runtime_env={"env_vars": placement.environment()},
         ),
     )
@@ -196,72 +209,6 @@ def _over_rays_network(backend: str) -> Any:
             return Backend
 
     return Config(backend=backend)
-
-
-def _watch(
-    outcome: Future[Any], follower: _Follower, context: StageContext, progress: StageProgress, job: TrainingJob
-) -> None:
-    """Show the workers' records until the trainer ends; raise what made it fail.
-
-    Raises:
-        ActorTimeout: when the workers do not start, or say nothing for longer than `cluster.call_timeout_s`.
-    """
-    cluster = context.config.cluster
-    done, deadline = False, monotonic() + cluster.start_timeout_s
-    while not done:
-        done = not wait([outcome], timeout=0.2).not_done
-        for record in follower.new_records():  # once more after the end: the last lines count too
-            _show(context, progress, job.stage, record)
-            deadline = monotonic() + cluster.call_timeout_s
-        if not done and monotonic() > deadline:
-            raise ActorTimeout(
-                f"{job.stage}: its workers have said nothing before the deadline",
-                f"see {job.logs[0]}; raise cluster.start_timeout_s or cluster.call_timeout_s if they are only slow",
-            )
-    if (error := outcome.exception()) is not None:
-        raise _explain(error, job) from None
-
-
-def _explain(error: BaseException, job: TrainingJob) -> Exception:
-    """A worker's own error if it is one of ours, else where to look."""
-    for rank, failure in sorted(getattr(error, "worker_failures", {}).items()):
-        cause = getattr(failure, "cause", failure)
-        where = f"{job.stage} worker {rank}"
-        if isinstance(cause, RayRLHFError):
-            return type(cause)(f"{where}: {cause.message}", cause.hint)
-        return ActorError(f"{where} failed: {type(cause).__name__}: {str(cause)[:500]}", f"see {job.logs[rank]}")
-    return ActorError(f"{job.stage} failed: {str(error)[:500]}", f"see {job.logs[0]}")
-
-
-def _show(context: StageContext, progress: StageProgress, stage: str, record: dict[str, Any]) -> None:
-    if "phase" in record:
-        progress.phase(record["phase"])
-        return
-    context.sink.write({"stage": stage, **record})
-    if "heldout_loss" in record:  # an epoch is judged: rare, so it gets a line even where there is a bar
-        words = "  ".join(f"{name} {record[key]:.4g}" for key, name in JUDGED.items() if key in record)
-        context.console.print(f"{stage:<9} {record['step']}/{record['steps']}  {words}", highlight=False)
-    else:
-        numbers = {name: record[key] for key, name in SHOWN.items() if key in record}
-        progress.step(record["step"], record["steps"], numbers)
-
-
-class _Follower:
-    """Reads the lines that a growing JSONL file has gained since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._position = 0
-
-    def new_records(self) -> list[dict[str, Any]]:
-        records: list[dict[str, Any]] = []
-        if self._path.exists():
-            with open(self._path, encoding="utf-8") as file:
-                file.seek(self._position)
-                while (line := file.readline()).endswith("\n"):
-                    self._position = file.tell()
-                    records.append(json.loads(line))
-        return records
 
 
 def worker(config: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Pretrain, sft, reward and dpo: the training loop they share, and dpo's task."""
+"""Pretrain, sft, reward and dpo: the training loop they share, its checkpoints, and the tasks of reward and dpo."""

@@ -7,8 +7,8 @@ the loss of a micro-batch is. They are in engines/tasks.py (language modelling),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from rayrlhf.engines.deepspeed import Learner
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.engines.schedule import cosine_with_warmup
 
-__all__ = ["Mix", "Task", "TrainSettings", "train"]
+__all__ = ["Checkpoints", "Mix", "Progress", "Task", "TrainSettings", "train"]
 
 M = TypeVar("M")
 Module = Callable[..., Tensor]
@@ -93,6 +93,34 @@ class Mix:
     """of its own shuffles"""
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is: all that the loop itself must know to go on. What comes next follows from the step."""
+
+    step: int = 0
+    """how many are done"""
+    tokens: int = 0
+    elapsed_s: float = 0.0
+    record: Mapping[str, float] = field(default_factory=dict)
+    """the numbers of the last one logged"""
+
+
+class Checkpoints(Protocol):
+    """What `train` goes on from, and where it leaves what is to go on from; called on all ranks."""
+
+    def begin(self) -> Progress:
+        """Learner and random states become what they were after that progress; nothing is done where nothing is."""
+        ...
+
+    def after_step(self, progress: Progress, steps: int) -> None:
+        """Save, if it is time to; `steps` is how many the whole training has.
+
+        Raises:
+            Stopped: training is to end here.
+        """
+        ...
+
+
 def train(
     learner: Learner,
     task: Task[Any],
@@ -100,17 +128,19 @@ def train(
     log: Log,
     mix: Mix | None = None,
     after_epoch: AfterEpoch | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Run all steps; `log` gets a record of the first and of every `log_every`-th. Returns the last one's numbers.
 
     With a `mix` a step's loss is task + coef * mix, each over its own minibatch, and each is logged as it is.
-    `after_epoch` is called on all ranks at the end of every epoch, and after the last step in any case.
+    `after_epoch` is called on all ranks at the end of every epoch, and after the last step in any case; `checkpoints`
+    after it.
     """
     total, per_epoch = settings.steps(len(task.sizes)), settings.steps_per_epoch(len(task.sizes))
     warmup = round(settings.warmup_ratio * total)
-    dummy, record = _Piece(0, task.dummy(learner.device)), dict[str, float]()
-    start, tokens = perf_counter(), 0
-    for step, terms in zip(range(total), _terms(task, mix, settings), strict=False):
+    dummy, done = _Piece(0, task.dummy(learner.device)), checkpoints.begin() if checkpoints else Progress()
+    start, tokens, record = perf_counter() - done.elapsed_s, done.tokens, dict(done.record)
+    for step, terms in zip(range(done.step, total), _terms(task, mix, settings, done.step), strict=False):
         rate = cosine_with_warmup(step, total, settings.learning_rate, warmup, settings.final_lr_ratio)
         losses, norm = _take_step(learner, terms, settings.cutting, dummy, rate)
         tokens += sum(term.task.sizes[i] for term in terms for i in term.batch)
@@ -120,9 +150,13 @@ def train(
             record = _sum_over_ranks(shares, learner.device)
             record |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_s": tokens / elapsed}
             log({"step": step + 1, "steps": total, "elapsed_s": elapsed, **record})
-        if after_epoch is not None and ((step + 1) % per_epoch == 0 or step + 1 == total):
+        judged = after_epoch if (step + 1) % per_epoch == 0 or step + 1 == total else None
+        if judged or checkpoints:
             paused = perf_counter()
-            after_epoch(step + 1, total)
+            if judged:
+                judged(step + 1, total)
+            if checkpoints:
+                checkpoints.after_step(Progress(step + 1, tokens, paused - start, record), total)
             start += perf_counter() - paused  # what is logged is the speed of training alone
     return record
 
@@ -151,13 +185,14 @@ class _Piece:
     batch: Any
 
 
-def _terms(task: Task[Any], mix: Mix | None, settings: TrainSettings) -> Iterator[list[_Term]]:
-    """What each step adds up, without end; the task's minibatches are the same with a mix and without."""
-    batches = _batches(len(task.sizes), settings)
+def _terms(task: Task[Any], mix: Mix | None, settings: TrainSettings, done: int) -> Iterator[list[_Term]]:
+    """What each step after those `done` adds up, without end; the task's minibatches are the same with a mix and
+    without."""
+    batches = _batches(len(task.sizes), settings, done)
     if mix is None:
         yield from ([_Term("loss", task, 1.0, batch)] for batch in batches)
     else:
-        others = _batches(len(mix.task.sizes), replace(settings, batch_size=mix.batch_size, seed=mix.seed))
+        others = _batches(len(mix.task.sizes), replace(settings, batch_size=mix.batch_size, seed=mix.seed), done)
         for batch, other in zip(batches, others, strict=False):
             yield [_Term("loss", task, 1.0, batch), _Term(mix.name, mix.task, mix.coef, other)]
 
@@ -188,11 +223,12 @@ def _take_step(
     return losses, result["grad_norm"]
 
 
-def _batches(examples: int, settings: TrainSettings) -> Iterator[list[int]]:
-    """Endless minibatches in a fresh shuffle each epoch, the same on every rank."""
-    size, epoch = min(settings.batch_size, examples), 0
+def _batches(examples: int, settings: TrainSettings, done: int = 0) -> Iterator[list[int]]:
+    """Endless minibatches in a fresh shuffle each epoch, the same on every rank; without the first `done`."""
+    size = min(settings.batch_size, examples)
+    epoch, passed = divmod(done, examples // size)
     while True:
         order = epoch_order(examples, settings.seed, epoch)
-        for start in range(0, examples - size + 1, size):
+        for start in range(passed * size, examples - size + 1, size):
             yield [int(i) for i in order[start : start + size]]
-        epoch += 1
+        epoch, passed = epoch + 1, 0

@@ -48,8 +48,12 @@ class BucketHeader:
 
     @property
     def nbytes(self) -> int:
-        last = self.specs[-1]
-        return last.offset + last.nbytes
+        return max(spec.offset + spec.nbytes for spec in self.specs)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of what lies in the bucket, each once even where two names share it."""
+        return list(dict.fromkeys((spec.offset, spec.nbytes) for spec in self.specs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers: what vLLM's weight-transfer calls can carry to its worker processes."""
@@ -65,15 +69,19 @@ class BucketHeader:
         return cls(int(data["version"]), int(data["index"]), specs)
 
 
-def bucket_plan(sizes: Iterable[tuple[str, int]], bucket_bytes: int) -> list[list[str]]:
-    """Group (name, bytes) in order into buckets of at most `bucket_bytes`; a larger tensor gets its own."""
+def bucket_plan(sizes: Iterable[tuple[str, int]], bucket_bytes: int, smaller: int = 0) -> list[list[str]]:
+    """Group (name, bytes) in order into buckets of at most `bucket_bytes`; a larger tensor gets its own.
+
+    A second name of the tensor before it has 0 bytes, and goes with it. The first `smaller` buckets are smaller, each
+    half of the next: engines begin sooner.
+    """
     plan: list[list[str]] = []
     room = 0
     for name, nbytes in sizes:
         aligned = _aligned(nbytes)
-        if not plan or aligned > room:
+        if not plan or aligned > max(room, 0):
             plan.append([])
-            room = bucket_bytes
+            room = bucket_bytes >> max(0, smaller + 1 - len(plan))
         plan[-1].append(name)
         room -= aligned
     return plan
@@ -82,19 +90,22 @@ def bucket_plan(sizes: Iterable[tuple[str, int]], bucket_bytes: int) -> list[lis
 def pack(
     tensors: Sequence[tuple[str, torch.Tensor]], version: int, index: int, reserve: Any
 ) -> tuple[BucketHeader, torch.Tensor]:
-    """Copy `tensors` into one uint8 buffer.
+    """Copy `tensors` into one uint8 buffer, one that comes under two names once.
 
     Args:
         reserve: called with the number of bytes; returns a uint8 tensor of at least that size to write into
             (the transport's own memory, so that packing is the only copy on the sender's side).
     """
     specs, offset = [], 0
+    placed: dict[Any, int] = {}
     for name, tensor in tensors:
-        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
-        offset += _aligned(tensor.nbytes)
+        place = placed.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), offset)
+        specs.append(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), place))
+        offset += _aligned(tensor.nbytes) if place == offset else 0
     header = BucketHeader(version, index, tuple(specs))
     buffer: torch.Tensor = reserve(header.nbytes)[: header.nbytes]
-    for spec, (_, tensor) in zip(specs, tensors, strict=True):
+    once = {(spec.offset, spec.nbytes): (spec, tensor) for spec, (_, tensor) in zip(specs, tensors, strict=True)}
+    for spec, tensor in once.values():
         _view(buffer, spec).copy_(tensor)
     return header, buffer
 
@@ -112,7 +123,7 @@ def fingerprint(header: BucketHeader, buffer: torch.Tensor) -> str:
     kind of device, so both take the same way.
     """
     digest = xxhash.xxh3_128(repr(header).encode())
-    parts = [buffer[spec.offset : spec.offset + spec.nbytes] for spec in header.specs]
+    parts = [buffer[offset : offset + nbytes] for offset, nbytes in header.places]
     if buffer.is_cuda:
         digest.update(torch.stack([device_sums(part) for part in parts]).cpu().numpy().data)
     else:

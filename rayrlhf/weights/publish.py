@@ -148,9 +148,9 @@ class WeightPublisher:
         result = Publication(version)
         alive, loading, last = await self._send_buckets(result, source, targets)
         # Sent before the bucket ahead of it is loaded: each engine goes on by itself, and the policy probes meanwhile.
-        checking = asyncio.ensure_future(self._each(result, alive, lambda t: t.verify(last, self._rows)))
+        checking = self._each(result, alive, lambda t: t.verify(last, self._rows))
         try:
-            expected = await source.probe(self._rows)
+            expected = await asyncio.ensure_future(source.probe(self._rows))
         finally:
             await asyncio.gather(*loading)
             receipts = await checking
@@ -171,7 +171,7 @@ class WeightPublisher:
     ) -> tuple[list[PublishTarget], deque[asyncio.Future[Any]], dict[str, Any]]:
         """All but the last: the engines that have failed nothing so far, loads still under way, the last's ticket."""
         alive, loading = list(targets), deque[asyncio.Future[Any]]()
-        opening = asyncio.ensure_future(self._each(result, targets, lambda t: t.begin_update(result.version)))
+        opening = self._each(result, targets, lambda t: t.begin_update(result.version))
         try:
             bucket = await source.start_publish(result.version)
             alive = [t for t, _ in await opening]
@@ -179,8 +179,8 @@ class WeightPublisher:
                 result.sent(bucket)
                 ticket = bucket.ticket
                 if bucket.last:
-                    return alive, loading, ticket
-                loading.append(asyncio.ensure_future(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k))))
+                    return alive, loading, ticket | {"last": True}
+                loading.append(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k)))
                 if len(loading) == IN_FLIGHT:  # the next bucket takes the memory of the oldest
                     loaded = [t for t, _ in await loading.popleft()]
                     alive = [t for t in alive if t in loaded]
@@ -206,12 +206,20 @@ class WeightPublisher:
                 verified.append(target)
         return verified
 
-    async def _each(
+    def _each(
         self, result: Publication, targets: Sequence[PublishTarget], call: Any
+    ) -> asyncio.Future[list[tuple[PublishTarget, Any]]]:
+        """Run `call` on all targets at once, from now on: before any call that is made later.
+
+        Those that raise are quarantined, the others returned with the answer.
+        """
+        calls = asyncio.gather(*(call(t) for t in targets), return_exceptions=True)
+        return asyncio.ensure_future(self._passed(result, targets, calls))
+
+    async def _passed(
+        self, result: Publication, targets: Sequence[PublishTarget], calls: asyncio.Future[list[Any]]
     ) -> list[tuple[PublishTarget, Any]]:
-        """Run `call` on all targets at once; those that raise are quarantined, the others returned with the answer."""
-        outcomes = await asyncio.gather(*(call(t) for t in targets), return_exceptions=True)
-        passed = []
+        outcomes, passed = await calls, []
         for target, outcome in zip(targets, outcomes, strict=True):
             if isinstance(outcome, Exception):
                 # What follows the first failure follows from it.

@@ -30,6 +30,17 @@ TINY = [
     "rollout.max_tokens=12",
     # Nobody is logged in here: wandb must fall back to files of its own.
     "tracking.wandb=online",
+    "tracking.ray_metrics=true",
+]
+
+# Of `rayrlhf dpo`: six steps, each of several micro-batches.
+DPO = [
+    "dpo.learning_rate=1e-3",
+    "dpo.batch_size=16",
+    "dpo.epochs=0.24",
+    "dpo.log_every=1",
+    "dpo.micro_batch_tokens=1024",
+    "tracking.wandb=off",
 ]
 
 
@@ -86,3 +97,12 @@ def finish(config: str, name: str, output: Path, *overrides: str, timeout: float
 def finished(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The whole chain on the built-in world: one policy rank, one engine, 50 PPO steps."""
     return finish("configs/tiny.yaml", "tiny", tmp_path_factory.mktemp("runs"), *TINY)
+
+
+@pytest.fixture(scope="session")
+def baseline(finished: FinishedRun) -> Path:
+    """The folder of a `dpo` that finds the SFT model of the finished chain."""
+    done = rayrlhf("dpo", finished.arguments[0], "run.name=baseline", *finished.arguments[2:], *DPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "dpo's implicit reward on held-out pairs" in done.stdout
+    return finished.output / "baseline"

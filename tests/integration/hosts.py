@@ -108,14 +108,21 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def two_hosts(folder: Path) -> Iterator[Hosts]:
+def linked_hosts(folder: Path) -> Iterator[Hosts]:
+    """The two without Ray: for what starts it there itself."""
     hosts = Hosts(f"{os.getpid() % 100_000}", folder)
     try:
         hosts.connect()
-        hosts.start_ray()
         yield hosts
     finally:
         hosts.disconnect()
+
+
+@contextmanager
+def two_hosts(folder: Path) -> Iterator[Hosts]:
+    with linked_hosts(folder) as hosts:
+        hosts.start_ray()
+        yield hosts
 
 
 def _ip(*arguments: str) -> None:

@@ -8,32 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import FinishedRun, rayrlhf
+from tests.integration.conftest import DPO, FinishedRun, rayrlhf
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-
-# Six steps, each of several micro-batches.
-DPO = [
-    "dpo.learning_rate=1e-3",
-    "dpo.batch_size=16",
-    "dpo.epochs=0.24",
-    "dpo.log_every=1",
-    "dpo.micro_batch_tokens=1024",
-    "tracking.wandb=off",
-]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def baseline(finished: FinishedRun) -> Path:
-    """The folder of a `dpo` that finds the SFT model of the finished chain."""
-    done = rayrlhf("dpo", finished.arguments[0], "run.name=baseline", *finished.arguments[2:], *DPO)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "dpo's implicit reward on held-out pairs" in done.stdout
-    return finished.output / "baseline"
 
 
 def test_the_first_loss_is_log_2_and_the_implicit_reward_learns_the_rankings(baseline: Path) -> None:

@@ -49,8 +49,9 @@ def new_learner(stage: int, dtype: str, seed: int) -> Any:
         failed_folder="failed",
         role="test",
         average=0.9,
-        # The parameters are small enough that ZeRO-3 would leave them whole. A key of ZeRO's own also keeps the stage.
-        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage else {},
+        # All parameters are small enough that ZeRO-3 would leave them whole; so only the norms' are. A key of ZeRO's
+        # own also keeps the stage.
+        deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 64}} if stage else {},
     )
     return Learner(from_scratch(spec, 64, 0, 1, seed), settings)
 
@@ -84,6 +85,7 @@ def resume_learners(rank: int, world: int, port: int, folder: str) -> None:
         save_state(stayed, place)
         deepspeed.comm.barrier()
         resumed = new_learner(stage, dtype, seed=4)  # other weights: all that counts must come from the files
+        learn(resumed, 9)  # and nothing of a life before
         load_state(resumed, place)
         norms = [(learn(stayed, step), learn(resumed, step)) for step in (2, 3)]
         if rank == 0:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayrlhf.config.model import FromScratch
@@ -18,6 +21,7 @@ from rayrlhf.data.chat import load_tokenizer
 from rayrlhf.data.prompts import LMExample, tokenize_demonstrations
 from rayrlhf.data.readers import read_demonstrations
 from rayrlhf.data.split import split_by_prompt
+from tests.faults import recoveries, started, wait_until, writer_of
 from tests.integration.conftest import FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
@@ -40,8 +44,15 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_sft(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> FinishedRun:
-    """`rayrlhf sft` on the noise, from the pretrained model of the finished run; text as there."""
-    arguments = [
+    arguments = sft_of_noise(finished, noise, name, *overrides)
+    done = rayrlhf("sft", *arguments, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FinishedRun(finished.output / name, finished.output, arguments, done.stdout, set())
+
+
+def sft_of_noise(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> list[str]:
+    """Arguments of `rayrlhf sft` on the noise, from the pretrained model of the finished run; text as there."""
+    return [
         "configs/tiny.yaml",
         f"run.name={name}",
         f"run.output={finished.output}",
@@ -57,9 +68,6 @@ def run_sft(finished: FinishedRun, noise: Path, name: str, *overrides: str) -> F
         "sft.batch_size=4",
         *overrides,
     ]
-    done = rayrlhf("sft", *arguments, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return FinishedRun(finished.output / name, finished.output, arguments, done.stdout, set())
 
 
 def held_out(finished: FinishedRun, noise: Path) -> list[LMExample]:
@@ -92,21 +100,27 @@ def plain_reward(lm: Any, classifier: Any, examples: list[LMExample], eos: int) 
     return float(np.mean(scores))
 
 
+OVERFIT = [
+    "sft.epochs=14",
+    "sft.log_every=1",
+    "sft.pretrain_mix={coef: 0.5, examples_per_demonstration: 0.5}",
+    "sft.select.by=heldout_loss",
+    "sft.zero_stage=3",
+    "cluster.train.ranks=2",
+    "cluster.train.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def overfit(finished: FinishedRun, noise: Path) -> FinishedRun:
+    """Fourteen epochs of four steps on two sharded ranks, text mixed in, the best epoch kept."""
+    return run_sft(finished, noise, "overfit", *OVERFIT)
+
+
 def test_the_best_epoch_is_what_sharded_ranks_save_when_the_last_ones_overfit(
-    finished: FinishedRun, noise: Path
+    overfit: FinishedRun, finished: FinishedRun, noise: Path
 ) -> None:
-    run = run_sft(
-        finished,
-        noise,
-        "overfit",
-        "sft.epochs=14",
-        "sft.log_every=1",
-        "sft.pretrain_mix={coef: 0.5, examples_per_demonstration: 0.5}",
-        "sft.select.by=heldout_loss",
-        "sft.zero_stage=3",
-        "cluster.train.ranks=2",
-        "cluster.train.threads=1",
-    )
+    run = overfit
     result, records, folder = run.summary["stages"]["sft"], run.metrics("sft"), run.artifact("sft")
     epochs = [r for r in records if "heldout_loss" in r]
     losses = [r["heldout_loss"] for r in epochs]
@@ -124,6 +138,44 @@ def test_the_best_epoch_is_what_sharded_ranks_save_when_the_last_ones_overfit(
     text = [r["pretrain_loss"] for r in records if "loss" in r]
     assert len(text) == epochs[-1]["step"]
     assert np.mean(text[-5:]) < np.mean(text[:5]) - 0.1, "text is learned too"
+
+
+def unmeasured(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in ("elapsed_s", "tokens_per_s")} for record in records]
+
+
+def test_a_stage_that_lost_a_worker_and_then_its_driver_ends_as_the_one_that_lost_none(
+    overfit: FinishedRun, finished: FinishedRun, noise: Path, tmp_path: Path
+) -> None:
+    arguments = sft_of_noise(finished, noise, "ended", *OVERFIT, f"run.output={tmp_path}")
+    arguments += ["checkpoint.training_every=20"]
+    folder, checkpoints = tmp_path / "ended", tmp_path / "ended" / "checkpoints" / "training" / "sft"
+
+    def at_step(step: int) -> bool:
+        files = [*(tmp_path / "artifacts").glob(".sft-*.partial/metrics.jsonl")]
+        return any(f'"step": {step},' in file.read_text() for file in files)
+
+    with started(["sft", *arguments], tmp_path / "printed") as run:
+        wait_until(lambda: at_step(24), run)
+        assert [p.name for p in checkpoints.glob("step-*")] == ["step-000020"], "it is between two checkpoints"
+        os.kill(writer_of(folder / "logs" / "sft-1.log"), signal.SIGKILL)
+        wait_until(lambda: [r["event"] for r in recoveries(folder)] == ["lost", "replaced"], run)
+        assert "sft: goes on from step 20" in (tmp_path / "printed").read_text()
+        wait_until(lambda: at_step(45), run)
+        run.kill()
+    assert not [*(tmp_path / "artifacts").glob("sft-*")]
+    done = rayrlhf("sft", *arguments, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sft: goes on from step 40" in done.stdout
+    ended = FinishedRun(folder, tmp_path, arguments, done.stdout, set())
+    assert unmeasured(ended.metrics("sft")) == unmeasured(overfit.metrics("sft"))
+    mine, other = (load_file(run.artifact("sft") / "model" / "model.safetensors") for run in (ended, overfit))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+    results = [run.summary["stages"]["sft"] for run in (ended, overfit)]
+    assert all(results[0][name] == results[1][name] for name in ("selected", "heldout_loss_before", "train_loss"))
+    assert results[0]["saves"] == 2
+    assert not checkpoints.exists(), "a stage that is done needs none"
 
 
 def test_the_epoch_whose_responses_the_reward_model_likes_best_is_saved(finished: FinishedRun, noise: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from rayrlhf.actors import cluster
-from rayrlhf.config import Config
 
 
 def test_joining_ray_leaves_the_processs_own_sigterm_handler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,11 +18,10 @@ def test_joining_ray_leaves_the_processs_own_sigterm_handler(monkeypatch: pytest
 
     def ours(*_: object) -> None: ...
 
-    config = Config.model_validate({"model": {"path": "org/name"}, "world": {"name": "instructions"}})
     monkeypatch.setattr(cluster.ray, "init", init)
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        cluster._ray_init(config, local=True, cpus=1)
+        cluster._ray_init(None, "tests", cpus=1)
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)

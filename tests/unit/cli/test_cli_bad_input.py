@@ -938,3 +938,10 @@ def test_a_resumed_run_is_not_verified(rayrlhf_command: Run) -> None:
     done = rayrlhf_command("run", ROOT / "configs" / "tiny.yaml", "--resume", "--verify-step", "2")
     assert done.code == 2
     assert "--resume and --verify-step contradict each other" in done.err
+
+
+@pytest.mark.parametrize("command", ["run", "pretrain", "sft", "reward", "dpo", "ppo"])
+def test_every_command_that_learns_can_go_on(rayrlhf_command: Run, command: str) -> None:
+    done = rayrlhf_command(command, "--help")
+    assert done.code == 0
+    assert "--resume" in done.out

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from rayrlhf.cli import app
 from rayrlhf.config import load_config
+from rayrlhf.launch.manifests import load_values
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,6 +46,9 @@ def test_each_rayrlhf_command_parses_and_its_config_loads(words: list[str]) -> N
     context = command.make_context(words[1], words[2:])
     if words[1] in ("report", "eval"):
         assert context.params["runs" if words[1] == "report" else "subjects"]
+        return
+    if words[1] == "manifests":
+        assert load_values(ROOT / context.params["values"])
         return
     if words[1] == "audit":
         assert context.params["run"]

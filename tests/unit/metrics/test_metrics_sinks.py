@@ -73,7 +73,7 @@ class FakeWandb:
 
 def test_a_run_writes_metrics_to_both_places_and_samples_to_their_own_file(tmp_path):
     wandb = FakeWandb()
-    sink = RunSink(tmp_path, wandb)
+    sink = RunSink(tmp_path, [wandb])
     sink.write({"stage": "ppo", "step": 1, "kl/mean": 0.5})
     sink.write_sample({"stage": "ppo", "step": 1, "response": "yes"})
     sink.close()
@@ -83,7 +83,7 @@ def test_a_run_writes_metrics_to_both_places_and_samples_to_their_own_file(tmp_p
 
 
 def test_a_run_without_wandb_writes_files_alone(tmp_path):
-    sink = RunSink(tmp_path, None)
+    sink = RunSink(tmp_path)
     sink.write({"step": 1})
     sink.close()
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1}]

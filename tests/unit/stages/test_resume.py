@@ -1,4 +1,4 @@
-"""What may change between a run and its `--resume`, and what is refused."""
+"""What may change between a run and its `--resume`, and what is refused; of PPO, and of the supervised stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from rayrlhf.checkpoint.artifacts import ArtifactStore
 from rayrlhf.config import Config, load_config
 from rayrlhf.errors import ConfigError
 from rayrlhf.stages.lineage import Lineage
-from rayrlhf.stages.resume import check_same, inputs_of_arm, store_of_arm
+from rayrlhf.stages.resume import (
+    as_json,
+    check_same,
+    has_checkpoints,
+    inputs_of_arm,
+    let_go,
+    store_of_arm,
+    store_of_training,
+)
 
 
 @pytest.fixture
@@ -26,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 def resume(folder: Path, *overrides: str) -> None:
     """Check a run with these overrides against the checkpoints that are there."""
     config, inputs = load_inputs(folder, *overrides)
-    check_same(folder / "run", config, inputs)
+    check_same(folder / "run", config, "ppo", inputs)
 
 
 def load_inputs(folder: Path, *overrides: str) -> tuple[Config, dict[str, object]]:
@@ -121,3 +129,90 @@ def test_one_run_does_not_go_on_as_several_arms(
     save(folder, *before)
     with pytest.raises(ConfigError, match=message):
         resume(folder, *after)
+
+
+# ---- supervised stages
+
+
+def save_training(folder: Path, stage: str, *overrides: str) -> None:
+    config = load_config(folder / "config.yaml", overrides, {})
+    inputs = Lineage(config, ArtifactStore(folder / "artifacts")).inputs(stage)  # type: ignore[arg-type]
+    store = store_of_training(folder / "run", config, stage)
+    (store.begin(2) / "before.json").write_text("{}")
+    store.finish(2, {}, as_json(inputs), None)
+
+
+def resume_training(folder: Path, stage: str, *overrides: str) -> None:
+    config = load_config(folder / "config.yaml", overrides, {})
+    inputs = Lineage(config, ArtifactStore(folder / "artifacts")).inputs(stage)  # type: ignore[arg-type]
+    check_same(folder / "run", config, stage, inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("pretrain", "pretrain.log_every=3"),
+        ("sft", "sft.log_every=3"),
+        ("sft", "cluster.train.threads=1"),
+        ("sft", "cluster.recovery.max_restarts=7"),
+        ("sft", "checkpoint.training_every=7"),
+        ("sft", "ppo.clip=0.1"),
+        ("reward", "run.output=elsewhere"),
+        ("dpo", "tracking.wandb=offline"),
+    ],
+)
+def test_a_supervised_stage_may_change_what_does_not_change_what_it_learns(
+    folder: Path, stage: str, override: str
+) -> None:
+    save_training(folder, stage)
+    resume_training(folder, stage, override)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "shown"),
+    [
+        ("pretrain", "pretrain.max_steps=9", "pretrain.max_steps was null, is 9"),
+        ("sft", "sft.epochs=3", "sft.epochs was 16.0, is 3.0"),
+        ("sft", "sft.select.by=heldout_loss", 'sft.select.by was "last", is "heldout_loss"'),
+        ("sft", "cluster.train.ranks=2", "ranks.train was 1, is 2"),
+        ("sft", "sft.zero_stage=1", "sft.zero_stage was 0, is 1"),
+        ("sft", "run.seed=1", "seed was 0, is 1"),
+        ("reward", "sft.learning_rate=1e-4", "parents.sft was"),
+        ("dpo", "dpo.beta=0.3", "dpo.beta was 0.1, is 0.3"),
+    ],
+)
+def test_a_supervised_stage_refuses_what_changes_what_it_learns(
+    folder: Path, stage: str, override: str, shown: str
+) -> None:
+    save_training(folder, stage)
+    with pytest.raises(ConfigError) as refused:
+        resume_training(folder, stage, override)
+    assert shown in refused.value.message
+    assert f"checkpoints/training/{stage}/step-000002" in refused.value.message
+
+
+def test_a_stage_is_not_held_to_anothers_checkpoints_nor_ppo_to_those_of_training(folder: Path) -> None:
+    save_training(folder, "sft")
+    resume_training(folder, "reward", "reward.epochs=2")
+    resume(folder, "ppo.clip=0.1")
+    resume(folder, "ppo.arms={training: {clip: 0.1}, other: {}}")
+
+
+def test_there_is_something_to_go_on_from_only_for_the_stages_that_have_it(folder: Path) -> None:
+    save_training(folder, "sft")
+    assert has_checkpoints(folder / "run", ["sft", "ppo"])
+    assert not has_checkpoints(folder / "run", ["pretrain", "collect", "reward", "ppo", "eval"])
+    save(folder, "ppo.arms={training: {clip: 0.1}, other: {}}")
+    assert has_checkpoints(folder / "run", ["ppo"])
+    assert not has_checkpoints(folder / "run", [])
+
+
+def test_a_stage_that_is_done_lets_go_of_its_own_checkpoints_alone(folder: Path) -> None:
+    save_training(folder, "sft")
+    save_training(folder, "reward")
+    let_go(folder / "run", "sft")
+    let_go(folder / "run", "pretrain")
+    assert not has_checkpoints(folder / "run", ["sft"])
+    assert has_checkpoints(folder / "run", ["reward"])
+    let_go(folder / "run", "reward")
+    assert not (folder / "run" / "checkpoints").exists()

@@ -161,7 +161,7 @@ def save(folder: Path, *overrides: str) -> None:
 
 def resume(folder: Path, *overrides: str) -> None:
     config = config_of(folder, *overrides)
-    check_same(folder / "run", config, lineage_of(folder, *overrides).inputs("ppo"))
+    check_same(folder / "run", config, "ppo", lineage_of(folder, *overrides).inputs("ppo"))
 
 
 # ---- the token

