@@ -76,6 +76,19 @@ Address = Annotated[
 ]
 Job = Annotated[str, typer.Argument(help="as `rayrlhf submit` named it", metavar="JOB")]
 Follow = Annotated[bool, typer.Option("--follow", help="Show the log until the job ends; end with its exit code.")]
+HardwareName = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        metavar="NAME|FILE",
+        help="h100-80g, a100-80g, ..., cpu, or a YAML file in the form of "
+        "rayrlhf/planning/hardware.yaml; the config's plan.hardware if left out.",
+    ),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, help="Machines there are.")]
+Assume = Annotated[
+    list[str] | None, typer.Option("--assume", metavar="NAME=VALUE", help="In place of an assumption; may be repeated.")
+]
 
 
 @app.command()
@@ -142,6 +155,41 @@ def report(runs: Runs, output: Output = None) -> None:
     from rayrlhf.evaluation.report import write_report
 
     Console().print(f"the report is in {write_report(runs, output)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    hardware: HardwareName = None,
+    nodes: Nodes = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Half a minute of small models on this CPU first: the plan then rests on what they took, and so does "
+            "a later --hardware <run.output>/this-machine.yaml.",
+        ),
+    ] = False,
+    look: Annotated[
+        bool,
+        typer.Option("--search", help="Rank placements that fit on --nodes, or find the fewest GPUs that will do."),
+    ] = False,
+    assume: Assume = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+) -> None:
+    """What a PPO run needs and how long it takes, before anything starts: from the config (or a form such as
+    configs/planning/workload.yaml) and the models' shapes alone. Exit code 0 if it fits, 1 if it does not."""
+    from rayrlhf.planning.command import numbers, plan_asked, print_plans, read_asked
+
+    if measure:
+        from rayrlhf.launch.calibrate import measure_this_machine
+
+        hardware = str(measure_this_machine(load_config(config, overrides or ()), hardware))
+    asked = read_asked(config, overrides or (), hardware, nodes, numbers(assume or ()))
+    plans = plan_asked(asked, look)
+    print_plans(Console(), plans, as_json, searched=look or not asked.is_placed)
+    raise typer.Exit(0 if plans[0].fits else 1)
 
 
 @app.command()

@@ -19,7 +19,16 @@ from rayrlhf.config.root import Config
 from rayrlhf.config.secrets import masked, refuse_secrets
 from rayrlhf.errors import ConfigError
 
-__all__ = ["DATA_ROOT_VARIABLE", "config_from", "dump_config", "load_config", "load_section"]
+__all__ = [
+    "DATA_ROOT_VARIABLE",
+    "config_from",
+    "dump_config",
+    "dump_yaml",
+    "load_config",
+    "load_section",
+    "read_yaml",
+    "validated",
+]
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -33,7 +42,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), environ: Mappin
         ConfigError: naming file and line, or the dotted path, what was found and the nearest valid name.
     """
     path = Path(path)
-    return config_from(_read_yaml(path), overrides, environ, str(path))
+    return config_from(read_yaml(path), overrides, environ, str(path))
 
 
 def config_from(
@@ -49,10 +58,7 @@ def config_from(
     check_size(tree, source)
     check_text(tree, source)
     refuse_secrets(tree, environ, source)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+    return validated(Config, tree, source)
 
 
 def load_section(path: Path | str, model: type[S]) -> S:
@@ -61,16 +67,25 @@ def load_section(path: Path | str, model: type[S]) -> S:
     Raises:
         ConfigError: as `load_config`.
     """
+    return validated(model, read_yaml(Path(path)), str(path))
+
+
+def validated(model: type[S], tree: Any, source: str) -> S:
+    """`tree` as this section; ConfigError names each key that is wrong, what was found and the nearest valid name."""
     try:
-        return model.model_validate(_read_yaml(Path(path)))
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path), model)) from None
+        raise ConfigError(_explain(error, source, model)) from None
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML: every default written out."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
     stream = io.StringIO()
-    _yaml().dump(config.model_dump(mode="json"), stream)
+    _yaml().dump(tree, stream)
     return stream.getvalue()
 
 
@@ -93,7 +108,8 @@ def _yaml() -> YAML:
     return yaml
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML 1.2 file; ConfigError where it is missing or broken."""
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, not a config file", "name a YAML file in it")
     if not path.is_file():
@@ -148,7 +164,7 @@ def _fill_data_root(tree: dict[str, Any], root: str | None) -> None:
         data["root"] = root
 
 
-def _explain(error: ValidationError, where: str, model: type[BaseModel] = Config) -> str:
+def _explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     return "\n".join(f"{where}: {_explain_one(dict(item), model)}" for item in error.errors())
 
 

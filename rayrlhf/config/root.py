@@ -14,6 +14,7 @@ from rayrlhf.config.data import DataConfig
 from rayrlhf.config.deepspeed import DeepSpeedConfig, LearnerShape, check_deepspeed
 from rayrlhf.config.evaluation import CollectConfig, EvalConfig
 from rayrlhf.config.model import ModelConfig
+from rayrlhf.config.plan import PlanConfig
 from rayrlhf.config.ppo import PPOConfig, RolloutConfig, WeightsConfig
 from rayrlhf.config.run import STAGES, CheckpointConfig, RunConfig, StageName, TrackingConfig
 from rayrlhf.config.training import DPOConfig, PretrainConfig, RewardConfig, SFTConfig
@@ -46,6 +47,7 @@ class Config(Section):
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    plan: PlanConfig = PlanConfig()
 
     def stages(self) -> tuple[StageName, ...]:
         """The stages that `rayrlhf run` goes through: those asked for, less those a given model stands in for, and the

@@ -35,6 +35,7 @@ from rayrlhf.stages.dpo import run_dpo
 from rayrlhf.stages.evaluation import run_eval
 from rayrlhf.stages.language import run_pretrain, run_sft
 from rayrlhf.stages.lineage import Lineage
+from rayrlhf.stages.plan import show_and_check
 from rayrlhf.stages.ppo import run_ppo_stage
 from rayrlhf.stages.resume import check_same, has_checkpoints, let_go
 from rayrlhf.stages.reward import run_reward
@@ -104,6 +105,7 @@ def run(
         console.print(dump_config(config), highlight=False, markup=False, emoji=False, soft_wrap=True)
         show_placement(console, config, todo)
         show_counts(console, counts)
+        show_and_check(console, config)
         return config.run.output / config.run.name
     show_counts(console, counts)
     for problem in unsupported():

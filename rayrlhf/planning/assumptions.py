@@ -1,0 +1,72 @@
+"""What the plan takes for granted: each with its value, unit and source, in assumptions.yaml."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from rayrlhf.config.base import NonNegative, Section
+from rayrlhf.config.load import read_yaml, validated
+from rayrlhf.errors import ConfigError
+
+__all__ = ["Assumption", "Assumptions", "assumptions_for"]
+
+
+class _ByKind(Section):
+    gpu: NonNegative
+    cpu: NonNegative
+
+
+class _Entry(Section):
+    value: NonNegative | _ByKind
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assumption:
+    value: float
+    unit: str
+    source: str
+
+
+class Assumptions:
+    """By name; `assumptions["mfu_train"]` is its value."""
+
+    def __init__(self, known: Mapping[str, Assumption]) -> None:
+        self.known = dict(known)
+
+    def __getitem__(self, name: str) -> float:
+        return self.known[name].value
+
+    def changed(self, values: Mapping[str, float], source: str) -> Assumptions:
+        """With other values; ConfigError for a name that is not one, or a negative value."""
+        known = dict(self.known)
+        for name, value in values.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+                raise ConfigError(f"{source}: the plan has no assumption {name!r}", hint)
+            if not value >= 0:
+                raise ConfigError(f"{source}: {name} is {value:g}", "a number from 0")
+            known[name] = replace(known[name], value=float(value), source=source)
+        return Assumptions(known)
+
+    def as_json(self) -> dict[str, dict[str, object]]:
+        return {n: {"value": a.value, "unit": a.unit, "source": a.source} for n, a in self.known.items()}
+
+
+@cache
+def assumptions_for(kind: str) -> Assumptions:
+    """Those for devices of this kind, `gpu` or `cpu`."""
+    tree = read_yaml(Path(str(files("rayrlhf.planning").joinpath("assumptions.yaml"))))
+    found = {}
+    for name, entry in tree.items():
+        read = validated(_Entry, entry, f"assumptions.yaml: {name}")
+        value = getattr(read.value, kind) if isinstance(read.value, _ByKind) else read.value
+        found[name] = Assumption(value, read.unit, read.source)
+    return Assumptions(found)

@@ -1,0 +1,131 @@
+"""`rayrlhf plan`: from a file to a plan, or to the best of many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from rayrlhf.config import Config, load_config
+from rayrlhf.errors import ConfigError, ResourceError
+from rayrlhf.planning.assumptions import Assumptions, assumptions_for
+from rayrlhf.planning.form import is_form, read_form, workload_of_form
+from rayrlhf.planning.hardware import Hardware, hardware_named
+from rayrlhf.planning.plan import Plan, make_plan
+from rayrlhf.planning.reading import workload_of
+from rayrlhf.planning.search import overrides_of, search, smallest
+from rayrlhf.planning.show import show_assumptions, show_placements, show_plan
+from rayrlhf.planning.workload import Workload
+
+__all__ = ["Asked", "asked_of", "numbers", "plan_asked", "print_plans", "read_asked"]
+
+FALLBACK = {"cuda": "h100-80g", "cpu": "cpu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A workload, and what it is planned on."""
+
+    work: Workload
+    hardware: Hardware
+    assume: Assumptions
+    nodes: int | None
+    is_placed: bool = True
+    """False: somebody has to look for a placement"""
+
+
+def read_asked(
+    path: Path, overrides: Sequence[str], hardware: str | None, nodes: int | None, assume: Mapping[str, float]
+) -> Asked:
+    """Of a config, or of a form that is filled in.
+
+    Raises:
+        ConfigError, ModelError: what the file or the options say cannot be used.
+    """
+    if not is_form(path):
+        return asked_of(load_config(path, overrides), hardware, nodes, assume)
+    if overrides:
+        raise ConfigError(f"{path} is a form: it takes no section.key=value", "change the file, or use --assume")
+    form = read_form(path)
+    device = hardware_named(hardware or form.hardware)
+    if not device.is_gpu:
+        raise ConfigError(f"{path}: a form is planned on GPUs, {device.name} is none", "take another --hardware")
+    known = _assumptions(device, {f"{path}: assumptions": form.assumptions, "--assume": assume})
+    return Asked(workload_of_form(form), device, known, nodes or form.nodes, form.placement is not None)
+
+
+def asked_of(
+    config: Config, hardware: str | None = None, nodes: int | None = None, assume: Mapping[str, float] | None = None
+) -> Asked:
+    device = hardware_named(hardware or config.plan.hardware or FALLBACK[config.cluster.device])
+    if device.is_gpu != (config.cluster.device == "cuda"):
+        raise ConfigError(
+            f"hardware {device.name} is a {device.device.kind} and cluster.device is {config.cluster.device}",
+            f"set cluster.device={'cuda' if device.is_gpu else 'cpu'}, or take other hardware",
+        )
+    known = _assumptions(device, {"plan.assume": config.plan.assume, "--assume": assume or {}})
+    return Asked(workload_of(config, known), device, known, nodes or config.plan.nodes)
+
+
+def plan_asked(asked: Asked, look: bool) -> list[Plan]:
+    """The plan of what is asked; with `look`, or where nothing is placed, of the best placements found.
+
+    Raises:
+        ResourceError: no placement fits.
+    """
+    if asked.is_placed and not look:
+        return [make_plan(asked.work, asked.hardware, asked.assume, asked.nodes)]
+    if asked.nodes is None:
+        found = smallest(asked.work, asked.hardware, asked.assume)
+    else:
+        found = search(asked.work, asked.hardware, asked.assume, asked.nodes)
+    if not found:
+        there = f"{asked.nodes} nodes of {asked.hardware.per_node}" if asked.nodes else "512"
+        raise ResourceError(
+            f"no placement fits on {there} {asked.hardware.device.title}", "take more --nodes, or other --hardware"
+        )
+    return found
+
+
+def print_plans(console: Console, plans: Sequence[Plan], as_json: bool, searched: bool) -> None:
+    """The first of `plans` in full, of the others a line each."""
+    best = plans[0]
+    if as_json:
+        tree = best.as_json()
+        if searched:
+            tree["placements"] = [_placement(plan) for plan in plans]
+        console.print(json.dumps(tree), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        return
+    show_assumptions(console, best)
+    if searched:
+        show_placements(console, plans)
+    show_plan(console, best)
+    if searched:
+        console.print("as keys of the config:", *overrides_of(best), sep="\n  ", highlight=False, markup=False)
+
+
+def _placement(plan: Plan) -> dict[str, object]:
+    gpus, seconds = plan.devices, plan.time.seconds
+    return {"gpus": gpus, "step_seconds": seconds, "gpu_hours": plan.gpu_hours, "overrides": overrides_of(plan)}
+
+
+def numbers(options: Sequence[str]) -> dict[str, float]:
+    """`name=value` options; ConfigError for others."""
+    values = {}
+    for option in options:
+        name, _, text = option.partition("=")
+        try:
+            values[name.strip()] = float(text)
+        except ValueError:
+            raise ConfigError(f"--assume {option!r}: expected name=number", "as --assume mfu_train=0.45") from None
+    return values
+
+
+def _assumptions(device: Hardware, changes: Mapping[str, Mapping[str, float]]) -> Assumptions:
+    known = assumptions_for(device.device.kind).changed(device.assumptions, f"measured ({device.name})")
+    for source, values in changes.items():
+        known = known.changed(values, source)
+    return known

@@ -1,0 +1,245 @@
+"""Bytes of a rank of each role, by what holds them.
+
+A learner under DeepSpeed 0.19 (P parameters, N ranks, b bytes of the model's dtype, 4 of float32):
+
+    stage        weights   gradients   float32 weights   Adam     step
+    0 (float32)  4P        4P          -                 8P       -
+    1            bP        bP          4P/N              8P/N     4P/N   a float32 copy of the own gradient
+    2            bP        bP/N        4P/N              8P/N     4P/N
+    3            bP/N      bP/N        4P/N              8P/N     4P/N   of at most sub_group_size (10^9) elements
+
+    Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.1, with what DeepSpeed keeps beside: buckets to reduce in, and
+    at stage 3 up to stage3_max_live_parameters gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rayrlhf.planning.assumptions import Assumptions
+from rayrlhf.planning.hardware import Hardware
+from rayrlhf.planning.shapes import ModelShape
+from rayrlhf.planning.workload import Role, Workload
+
+__all__ = ["RankMemory", "activation_bytes", "kv_bytes_per_token", "logits_bytes", "rank_memory", "set_peak"]
+
+GIB = 2**30
+SUB_GROUP = 1_000_000_000
+# Entries of a chunk of logits in models/logprobs.py.
+CHUNK_ENTRIES = 2**26
+# Prompt tokens that an engine computes together, at least (engines/vllm.py).
+PREFILL_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Of one device of a rank: `weights`, for a forward pass; `rest`, for an optimizer step as well."""
+
+    weights: Mapping[str, float]
+    rest: Mapping[str, float] = field(default_factory=dict)
+    working: Mapping[str, float] = field(default_factory=dict)
+    """only while it works: activations, logits, what a step needs for a moment"""
+    framework: float = 0.0
+    host: Mapping[str, float] = field(default_factory=dict)
+    """in the host's memory, per rank"""
+    loading: float = 0.0
+    """in the host's memory while the model is loaded, per rank"""
+
+    @property
+    def resident(self) -> float:
+        return sum(self.weights.values()) + sum(self.rest.values()) + self.framework
+
+    @property
+    def peak(self) -> float:
+        return self.resident + sum(self.working.values())
+
+    def parts(self) -> dict[str, float]:
+        return {**self.weights, **self.rest, **self.working, "framework": self.framework}
+
+
+def rank_memory(role: Role, work: Workload, hardware: Hardware, assume: Assumptions) -> RankMemory:
+    if role.name == "rollout":
+        return _engine(role, work, hardware, assume)
+    return _learner(role, work, assume) if role.learns else _frozen(role, work, assume)
+
+
+def set_peak(together: Mapping[str, RankMemory]) -> float:
+    """The most that a device holds at once on which these roles take turns (actors/sharing.py)."""
+    if len(together) == 1:
+        return next(iter(together.values())).peak
+    framework = sum(memory.framework for memory in together.values())
+    moments = [memory.peak - memory.framework for memory in together.values()]
+    if {"policy", "rollout"} <= together.keys():  # a publish: weights there, the engine as a whole here
+        engine = together["rollout"]
+        moments.append(sum(together["policy"].weights.values()) + engine.peak - engine.framework)
+    return framework + max(moments)
+
+
+def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
+    parameters, learned, ranks, size = role.shape.parameters, role.learned, role.ranks, work.dtype_bytes
+    stage = role.zero_stage
+    weights = {"weights": size * parameters / (ranks if stage == 3 else 1)}
+    rest, host = dict[str, float](), dict[str, float]()
+    share = learned / (ranks if stage else 1)
+    if stage < 2 or not work.offload_optimizer:  # else they leave for the host bucket by bucket
+        rest["gradients"] = size * (learned if stage < 2 else share)
+    optimizer = {"float32 weights": 4 * share if stage else 0.0, "optimizer": 8 * share}
+    if role.average:
+        rest["average"] = 4 * parameters / (ranks if stage == 3 else 1)
+    if work.offload_optimizer:
+        host |= {**optimizer, "gradients": 4 * share}
+    else:
+        rest |= optimizer
+    working = dict[str, float]()
+    if stage == 3:
+        working["gathered"] = _gathered(role, work)
+        if work.hpz > 1:
+            weights["hpZ copy"] = size * parameters / work.hpz
+        if work.offload_param:
+            host["weights"] = weights.pop("weights")
+    framework = assume["framework_gib"] * GIB
+    if not work.gpu:
+        if stage in (1, 2):
+            del rest["gradients"]  # see `_at_work_on_a_cpu`
+        working |= _at_work_on_a_cpu(role, work, assume, share)
+        return RankMemory(weights, rest, working, framework + assume["engine_gib"] * GIB, host, 4.0 * parameters)
+    if stage or ranks > 1:
+        working["reduce bucket"] = float(size * work.reduce_bucket)
+    # An optimizer step comes after the backward pass has let go of its activations.
+    passes, copied = _passes(role, work, learns=True), min(share, SUB_GROUP) if stage == 3 else share
+    step = 4 * copied if stage and not work.offload_optimizer else 0.0
+    working |= {"step": step} if step > sum(passes.values()) else passes
+    return RankMemory(weights, rest, working, framework, host, 4.0 * parameters)
+
+
+def _gathered(role: Role, work: Workload) -> float:
+    """What ZeRO-3 holds of the others' weights at most."""
+    return float(work.dtype_bytes * max(min(work.live_parameters, role.shape.parameters), role.shape.largest_layer))
+
+
+def _at_work_on_a_cpu(role: Role, work: Workload, assume: Assumptions, share: float) -> dict[str, float]:
+    """Activations, which the heap does not give back within a step, and the fullest moment after the forward pass.
+
+    Large tensors come from the system and go back to it; only what is touched of a buffer counts. AdamW is not fused,
+    and makes two tensors more of what it steps over.
+    """
+    size, ranks, stage = work.dtype_bytes, role.ranks, role.zero_stage
+    passes = _passes(role, work, learns=True)
+    bucket, others = size * min(work.reduce_bucket, role.learned), (ranks - 1) / ranks
+    scratch = bucket * others  # of gloo's ring
+    if stage == 0:
+        reducing, stepping = (bucket + scratch) * (ranks > 1), 8.0 * min(role.learned, role.shape.largest_tensor)
+    elif stage == 3:  # the bucket is never let go of; beside it what it is cut and scattered from
+        reducing, stepping = bucket + bucket + bucket / ranks, bucket + 4 * min(share, SUB_GROUP) + 8 * share
+    else:  # the gradients lie in the bucket, and then in a copy of the own part
+        reducing, stepping = bucket + scratch + size * share, 4 * share + 8 * share
+    moment = max(passes["logits"], reducing, stepping)
+    return {"activations": passes["activations"] * assume["retained"], "backward or step": moment}
+
+
+def _frozen(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
+    parameters, size = role.shape.parameters, work.dtype_bytes
+    working = _passes(role, work, learns=False)
+    if role.zero_stage == 3:
+        working["gathered"] = _gathered(role, work)
+    weights = {"weights": role.copies * size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
+    return RankMemory(weights, {}, working, assume["framework_gib"] * GIB, {}, 4.0 * parameters)
+
+
+def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions) -> RankMemory:
+    """vLLM takes its share of a GPU whole: the key/value cache gets what weights and a prefill leave of it."""
+    size, shards = work.dtype_bytes, max(1.0, role.devices) if work.gpu else 1.0
+    weights = size * role.shape.parameters / shards
+    prefill = _forward_bytes(role.shape, max(PREFILL_TOKENS, work.longest), size) / shards
+    framework = assume["engine_framework_gib"] * GIB
+    if work.gpu:
+        share = work.gpu_memory_utilization * min(1.0, role.devices)
+        cache = max(0.0, share * hardware.memory_bytes - weights - prefill - framework)
+    else:
+        cache = work.kv_cache_gib * GIB
+    parts = {"weights": weights, "key/value cache": cache}
+    return RankMemory(parts, {}, {"prefill": prefill}, framework, {}, 0.0)
+
+
+def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int) -> float:
+    return float(shape.kv_entries * dtype_bytes)
+
+
+def _passes(role: Role, work: Workload, learns: bool) -> dict[str, float]:
+    """Activations and logits of one micro-batch."""
+    trains, reads_text = role.name == "train", role.name == "policy" and work.text_tokens > 0
+    if trains:
+        tokens = float(max(work.train_micro_batch_tokens, work.longest))
+    else:
+        tokens = _fullest(
+            work.micro_batch_tokens, work.longest, work.minibatch_size if learns else work.batch_size, role
+        )
+        if reads_text:
+            blocks = max(1, round(work.text_blocks * work.minibatch_size))
+            tokens = max(tokens, _fullest(work.micro_batch_tokens, work.text_tokens, blocks, role))
+    size = work.dtype_bytes
+    # What is asked for: the response's tokens, or all of a text's.
+    asked = tokens if trains or reads_text else tokens * work.longest_response / work.longest
+    if learns:
+        # Packed rows under sdpa have a mask; flash attention, on a GPU, needs none.
+        mask = 0 if work.gpu else work.longest
+        activations = activation_bytes(role.shape, tokens, size, work.checkpointing, mask)
+    else:
+        activations = _forward_bytes(role.shape, tokens, size)
+    logits = 0.0 if role.shape.scalar else logits_bytes(asked, role.shape.vocab, size, learns)
+    return {"activations": activations, "logits": logits}
+
+
+def _fullest(budget: int, longest: int, sequences: int, role: Role) -> float:
+    """Tokens of a rank's largest micro-batch: as many sequences as the budget holds, and as there are."""
+    return float(max(longest, min(budget, -(-sequences // role.ranks) * longest)))
+
+
+def activation_bytes(shape: ModelShape, tokens: float, dtype_bytes: int, checkpointing: bool, mask: int = 0) -> float:
+    """What autograd keeps of a forward pass for the backward pass, without dropout, attention by sdpa or flash.
+
+    Counted as Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1) do, tensor by tensor, for the modules of
+    transformers: no s x s scores are kept, there are no dropout masks, and RMSNorm keeps float32 copies.
+
+    Args:
+        mask: keys in a row of the mask that sdpa is given; 0 for none.
+    """
+    layer = tokens * _entries_per_token(shape, dtype_bytes, mask) * dtype_bytes
+    if checkpointing:
+        return shape.layers * tokens * shape.hidden * dtype_bytes + layer
+    return shape.layers * layer
+
+
+def _entries_per_token(shape: ModelShape, dtype_bytes: int, mask: int) -> float:
+    """Entries (of the model's dtype) that one layer keeps of a token."""
+    hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # RMSNorm: its input and the normalised in float32 (in half precision also cast back), and the product.
+    # LayerNorm: its input, and what comes out.
+    norm = hidden * (3 if dtype_bytes == 4 else 2 + 2) if shape.rms_norm else 2 * hidden
+    # q, k, v and what attention gives. Under a mask keys and values are repeated for every query head, and each layer
+    # keeps the mask in its own dtype.
+    attention = 2 * queries + 2 * (queries if mask else keys) + mask
+    inner = shape.mlp_width * (4 if shape.gated else 5)  # gate, its activation, up, product; or GELU written out
+    return float(2 * norm + attention + inner)
+
+
+def _forward_bytes(shape: ModelShape, tokens: float, dtype_bytes: int) -> float:
+    """The most that a forward pass without gradients holds: the residual stream and one block's tensors."""
+    block = max(3 * shape.mlp_width, 5 * shape.heads * shape.head_dim) if shape.gated else 3 * shape.mlp_width
+    return tokens * (2 * shape.hidden + block) * dtype_bytes
+
+
+def logits_bytes(positions: float, vocab: int, dtype_bytes: int, learns: bool) -> float:
+    """Of `positions` rows of logits, as models/logprobs.py takes them: in chunks where they are many.
+
+    One chunk: in the backward pass the log-softmax, its gradient and that of the logits, each in float32. Several: all
+    logits and their gradient in the model's dtype, and that of one chunk.
+    """
+    entries = positions * vocab
+    chunk = min(entries, CHUNK_ENTRIES)
+    if not learns:
+        return entries * dtype_bytes + chunk * 8
+    if entries <= CHUNK_ENTRIES:
+        return entries * 12 + (entries * dtype_bytes if dtype_bytes == 2 else 0)
+    return 2 * entries * dtype_bytes + chunk * 12

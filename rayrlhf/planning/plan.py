@@ -1,0 +1,232 @@
+"""The plan: memory and time of a workload on given hardware, what does not fit, and how it would be said in JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayrlhf.planning.assumptions import Assumptions
+from rayrlhf.planning.hardware import GIB, Hardware
+from rayrlhf.planning.memory import RankMemory, kv_bytes_per_token, rank_memory, set_peak
+from rayrlhf.planning.time import StepTime, step_time
+from rayrlhf.planning.workload import Role, Workload
+
+__all__ = ["Plan", "Shortfall", "make_plan"]
+
+# Of the host's memory, a process with its libraries.
+PROCESS_BYTES = GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """Something that does not fit."""
+
+    roles: tuple[str, ...]
+    over: float
+    """bytes (of memory) or devices (where there are too few) over what there is"""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    work: Workload
+    hardware: Hardware
+    assume: Assumptions
+    nodes: int
+    memory: Mapping[str, RankMemory]
+    """by role, of one device"""
+    time: StepTime
+    shortfalls: tuple[Shortfall, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortfalls
+
+    @property
+    def devices(self) -> float:
+        return self.work.devices()
+
+    @property
+    def seconds(self) -> float:
+        return self.time.seconds * self.work.steps
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.devices * self.seconds / 3600 if self.work.gpu else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        roles = {**self.work.roles, **({"train": self.work.train} if self.work.train else {})}
+        return {
+            "fits": self.fits,
+            "shortfalls": [{"roles": list(s.roles), "over": s.over, "message": s.message} for s in self.shortfalls],
+            "warnings": list(self.warnings),
+            "step_seconds": self.time.seconds,
+            "steps": self.work.steps,
+            "days": self.seconds / 86400,
+            "gpus": self.devices if self.work.gpu else 0,
+            "nodes": self.nodes,
+            "gpu_hours": self.gpu_hours,
+            "hardware": self.hardware.name,
+            "roles": {name: self._role(role) for name, role in roles.items()},
+            "phases": {phase: {"seconds": seconds} for phase, seconds in self.time.phases.items()},
+            "assumptions": self.assume.as_json(),
+        }
+
+    def _role(self, role: Role) -> dict[str, Any]:
+        memory = self.memory[role.name]
+        return {
+            "gpus": role.ranks * role.devices if self.work.gpu else 0,
+            "ranks": role.ranks,
+            "zero_stage": role.zero_stage,
+            "parameters": role.shape.parameters,
+            "active_parameters": role.shape.active,
+            "gib_per_gpu": memory.peak / GIB,
+            "parts_gib": {name: nbytes / GIB for name, nbytes in memory.parts().items()},
+            "host_gib_per_rank": sum(memory.host.values()) / GIB,
+        }
+
+
+def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int | None = None) -> Plan:
+    """Arithmetic only: no device is touched.
+
+    Args:
+        nodes: that there are; None: as many as the roles take.
+    """
+    memory = {name: rank_memory(role, work, hardware, assume) for name, role in work.roles.items()}
+    if work.train is not None:
+        memory["train"] = rank_memory(work.train, work, hardware, assume)
+    needed = max(1, math.ceil(work.devices() / hardware.per_node - 1e-9)) if work.gpu else 1
+    found = nodes or needed
+    shortfalls = [*_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
+    time = step_time(work, hardware, assume, memory)
+    warnings = tuple(_warnings(work, hardware, memory, time))
+    return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
+
+
+def _devices_missing(work: Workload, hardware: Hardware, nodes: int) -> list[Shortfall]:
+    there = nodes * hardware.per_node
+    if not work.gpu or work.devices() <= there:
+        return []
+    asked = work.devices()
+    return [
+        Shortfall(
+            tuple(work.roles),
+            asked - there,
+            f"the roles take {asked:g} GPUs, {nodes} {_nodes(nodes)} of {hardware.per_node} have {there}",
+        )
+    ]
+
+
+def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    if not work.gpu:
+        return _over_on_a_cpu(work, hardware, memory)
+    found = []
+    usable = hardware.memory_bytes * (1 - assume["fragmentation"])
+    for roles in [*work.device_sets(), *([("train",)] if work.train else [])]:
+        role = work.train if roles == ("train",) and work.train else work.roles[roles[0]]
+        room = usable * min(1.0, role.devices)
+        if roles == ("rollout",):
+            room = hardware.memory_bytes * work.gpu_memory_utilization * min(1.0, role.devices)
+        over = set_peak({name: memory[name] for name in roles}) - room
+        if over > 1:
+            found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware)))
+    found += _cache_too_small(work, memory)
+    return found + _host_too_small(work, hardware, memory)
+
+
+def _too_large(roles: tuple[str, ...], over: float, room: float, hardware: Hardware) -> str:
+    who = " and ".join(roles)
+    needs, room_gib = (over + room) / GIB, room / GIB
+    return (
+        f"{who}: {needs:.1f} GiB a GPU, {over / GIB:.1f} more than the {room_gib:.1f} usable of {hardware.device.title}"
+    )
+
+
+def _cache_too_small(work: Workload, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    """One sequence of the longest prompt and response must fit in an engine's key/value cache."""
+    role = work.roles["rollout"]
+    shards = max(1.0, role.devices) if work.gpu else 1.0
+    needed = kv_bytes_per_token(role.shape, work.dtype_bytes) * work.longest / shards
+    over = needed - memory["rollout"].weights["key/value cache"]
+    if over <= 0:
+        return []
+    message = f"rollout: the key/value cache lacks {over / GIB:.2f} GiB for one sequence of {work.longest} tokens"
+    return [Shortfall(("rollout",), over, message)]
+
+
+def _host_too_small(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    """What a node's processes hold in its own memory: what is offloaded, and what waits while others have a device."""
+    per_device: list[tuple[float, float, tuple[str, ...]]] = []
+    for roles in work.device_sets():
+        held = sum(_on_the_host(name, memory[name], waits=len(roles) > 1) for name in roles)
+        per_device.append((held, max(work.roles[r].ranks * work.roles[r].devices for r in roles), roles))
+    total, free, here = 0.0, float(hardware.per_node), list[str]()
+    for held, devices, roles in sorted(per_device, reverse=True):  # the fullest node there can be
+        if free > 0:
+            total += held * min(devices, free)
+            free -= devices
+            here += [name for name in roles if held > len(roles) * PROCESS_BYTES]
+    over = total - hardware.host_bytes
+    if over <= 0:
+        return []
+    message = (
+        f"{' and '.join(here)}: {total / GIB:.0f} GiB in a node's own memory, {over / GIB:.0f} more than the "
+        f"{hardware.host_bytes / GIB:.0f} there are"
+    )
+    return [Shortfall(tuple(here), over, message)]
+
+
+def _on_the_host(role: str, memory: RankMemory, waits: bool) -> float:
+    """Of one device's rank: what is offloaded, what waits while others work, and the process itself."""
+    kept = memory.weights["weights"] if role == "rollout" else memory.resident - memory.framework
+    return sum(memory.host.values()) + (kept if waits else 0.0) + PROCESS_BYTES
+
+
+def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    """All processes share the machine's memory."""
+    found = []
+    groups = {"the roles": {name: work.roles[name] for name in work.roles}}
+    if work.train is not None:
+        groups["train"] = {"train": work.train}
+    for roles in groups.values():
+        held = {name: role.ranks * memory[name].peak for name, role in roles.items()}
+        over = sum(held.values()) - hardware.host_bytes
+        if over > 0:
+            parts = ", ".join(f"{name} {nbytes / GIB:.1f}" for name, nbytes in held.items())
+            found.append(
+                Shortfall(
+                    tuple(sorted(held, key=lambda name: -held[name])),
+                    over,
+                    f"{parts}: {sum(held.values()) / GIB:.1f} GiB, {over / GIB:.1f} more than this machine's "
+                    f"{hardware.host_bytes / GIB:.1f}",
+                )
+            )
+    found += _cache_too_small(work, memory)
+    return found
+
+
+def _warnings(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory], time: StepTime) -> list[str]:
+    found = []
+    rollout = work.roles["rollout"]
+    wanted = min(work.max_sequences, -(-work.batch_size // rollout.ranks))
+    if time.generation.places < wanted:
+        found.append(
+            f"rollout: the key/value cache holds {time.generation.places} sequences at once, {wanted} are asked for"
+        )
+    if work.gpu:
+        ranks = {name: min(role.ranks, hardware.per_node) for name, role in work.roles.items()}
+        loading = {name: ranks[name] * memory[name].loading for name in work.roles if memory[name].loading}
+        name = max(loading, key=lambda n: loading[n])
+        if loading[name] > hardware.host_bytes:
+            found.append(
+                f"{name}: each rank loads the whole model in float32 into the host's memory, {loading[name] / GIB:.0f} "
+                f"GiB a node, which has {hardware.host_bytes / GIB:.0f}: this version cannot start it so"
+            )
+    return found
+
+
+def _nodes(count: int) -> str:
+    return "node" if count == 1 else "nodes"

@@ -1,0 +1,146 @@
+"""A config as a workload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rayrlhf.config import Config
+from rayrlhf.config.cluster import RankResources
+from rayrlhf.config.deepspeed import zero_stage_in_use
+from rayrlhf.planning.assumptions import Assumptions
+from rayrlhf.planning.catalogue import shape_named
+from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
+from rayrlhf.planning.workload import LIVE_PARAMETERS, REDUCE_BUCKET, Role, Workload
+
+__all__ = ["WITHOUT_VALUES", "workload_of"]
+
+# Advantage estimators that need no value model; algorithms.advantages, which says so too, imports torch.
+WITHOUT_VALUES = ("group_relative", "leave_one_out")
+TRAINING = ("pretrain", "sft", "reward", "dpo")
+
+
+def workload_of(config: Config, assume: Assumptions) -> Workload:
+    """PPO as the config has it, of several arms the one that costs most, and the workers of the supervised stages.
+
+    Raises:
+        ModelError: a model whose shape cannot be read.
+    """
+    config = max(config.arms().values(), key=lambda arm: (arm.ppo.ptx.coef > 0) * arm.ppo.ptx.examples_per_episode)
+    ppo, rollout, deepspeed = config.ppo, config.rollout, config.deepspeed
+    policy = _policy_shape(config)
+    extra = deepspeed.extra.get("zero_optimization", {})
+    longest_prompt, longest_response = config.data.max_prompt_tokens, rollout.max_tokens
+    ptx = ppo.ptx.coef > 0
+    return Workload(
+        roles=_roles(config, policy, _reward_shape(config, policy)),
+        dtype=config.model.dtype,
+        gpu=config.cluster.device == "cuda",
+        steps=ppo.steps,
+        batch_size=ppo.batch_size,
+        minibatch_size=ppo.minibatch_size,
+        epochs=ppo.epochs,
+        prompt_tokens=assume["prompt_share"] * longest_prompt,
+        longest_prompt=longest_prompt,
+        response_tokens=assume["response_share"] * longest_response,
+        longest_response=longest_response,
+        response_spread=assume["response_spread"],
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        shared=tuple(tuple(roles) for roles in config.cluster.shared),
+        text_blocks=ppo.ptx.examples_per_episode if ptx else 0.0,
+        text_tokens=_block_tokens(config) if ptx else 0,
+        checkpointing=deepspeed.activation_checkpointing,
+        offload_optimizer=deepspeed.offload_optimizer == "cpu",
+        offload_param=deepspeed.offload_param == "cpu",
+        hpz=deepspeed.zero_hpz_partition_size,
+        reduce_bucket=int(extra.get("reduce_bucket_size", REDUCE_BUCKET)),
+        live_parameters=int(extra.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
+        max_sequences=rollout.max_sequences,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        bucket_bytes=config.weights.bucket_mib * 2**20,
+        recomputes_old=ppo.old_logprobs == "recompute",
+        overlap=ppo.pacing.kind == "overlap",
+        train=_train(config, policy),
+        train_micro_batch_tokens=max(
+            (getattr(config, stage).micro_batch_tokens for stage in config.stages() if stage in TRAINING), default=0
+        ),
+    )
+
+
+def _policy_shape(config: Config) -> ModelShape:
+    if given := config.plan.shapes.get("policy"):
+        return shape_named(given, "plan.shapes.policy")
+    for key, path in (("sft.path", config.sft.path), ("model.path", config.model.path)):
+        if path is not None:
+            return shape_named(path, key)
+    assert config.model.from_scratch is not None  # the config wants one of the two
+    return shape_of(from_scratch_config(config.model.from_scratch), "model.from_scratch")
+
+
+def _reward_shape(config: Config, policy: ModelShape) -> ModelShape:
+    """Of the reward model, which the value model starts from; `reward` makes it from the SFT model."""
+    if given := config.plan.shapes.get("reward"):
+        return shape_named(given, "plan.shapes.reward").as_scalar()
+    source = config.ppo.reward
+    if source.kind == "ensemble":
+        return shape_named(source.models[0], "ppo.reward.models").as_scalar()
+    if config.reward.path and not source.sees_text:
+        return shape_named(config.reward.path, "reward.path").as_scalar()
+    return policy.as_scalar()
+
+
+def _roles(config: Config, policy: ModelShape, reward: ModelShape) -> dict[str, Role]:
+    ppo, cluster = config.ppo, config.cluster
+    asks = bool(config.deepspeed.keys().get("zero_optimization"))
+
+    def learner(name: str, shape: ModelShape, average: bool = False) -> Role:
+        ranks = getattr(cluster, name).ranks
+        stage = zero_stage_in_use(ppo.zero_stage, config.model.dtype, ranks, asks)
+        return Role(name, shape, ranks, _devices(config, name), True, stage, average=average)
+
+    def frozen(name: str, shape: ModelShape) -> Role:
+        return Role(name, shape, getattr(cluster, name).ranks, _devices(config, name), zero_stage=ppo.frozen_zero_stage)
+
+    roles = {
+        "policy": learner("policy", policy, ppo.ema is not None),
+        "reference": frozen("reference", policy),
+        "reward": frozen("reward", reward),
+        "value": learner("value", reward),
+        "rollout": Role(
+            "rollout",
+            policy,
+            config.rollout.engines,
+            _devices(config, "rollout") * config.rollout.tensor_parallel,
+        ),
+    }
+    if ppo.advantage in WITHOUT_VALUES:
+        del roles["value"]
+    if ppo.reward.sees_text:  # a function or a service: no model, and nobody knows how long it takes
+        del roles["reward"]
+    elif ppo.reward.kind == "ensemble":
+        roles["reward"] = replace(roles["reward"], copies=len(ppo.reward.models))
+    return roles
+
+
+def _devices(config: Config, role: str) -> float:
+    """GPUs of a rank, or its cores."""
+    resources: RankResources = getattr(config.cluster, role)
+    return config.cluster.gpus(resources) if config.cluster.device == "cuda" else float(resources.threads)
+
+
+def _train(config: Config, policy: ModelShape) -> Role | None:
+    """The supervised stages' workers at the ZeRO stage that takes most memory."""
+    stages = [stage for stage in config.stages() if stage in TRAINING]
+    if not stages:
+        return None
+    asks, ranks = bool(config.deepspeed.keys().get("zero_optimization")), config.cluster.train.ranks
+    asked = min(getattr(config, stage).zero_stage for stage in stages)
+    stage = zero_stage_in_use(asked, config.model.dtype, ranks, asks)
+    return Role("train", policy, ranks, _devices(config, "train"), True, stage)
+
+
+def _block_tokens(config: Config) -> int:
+    """As stages/datasets.py cuts text."""
+    if config.model.from_scratch:
+        return config.model.from_scratch.context
+    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_response_tokens)

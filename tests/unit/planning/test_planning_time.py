@@ -1,0 +1,188 @@
+"""Seconds by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from rayrlhf.planning.assumptions import Assumptions, assumptions_for
+from rayrlhf.planning.decoding import Decoder, forward_flops, generate_seconds
+from rayrlhf.planning.hardware import Hardware, hardware_named
+from rayrlhf.planning.lengths import response_lengths
+from rayrlhf.planning.memory import RankMemory, rank_memory
+from rayrlhf.planning.shapes import ModelShape
+from rayrlhf.planning.time import StepTime, step_time
+from rayrlhf.planning.workload import Role, Workload
+
+Make = Callable[..., Workload]
+# 1 TFLOPS at full use, 1 GB/s of memory and of links, nothing fixed.
+ROUND = {
+    "mfu_train": 1.0,
+    "mfu_forward": 1.0,
+    "micro_batch_ms": 0.0,
+    "decode_bandwidth": 1.0,
+    "decode_flops": 1.0,
+    "decode_step_ms": 0.0,
+    "decode_sequence_us": 0.0,
+    "tensor_parallel_ms": 0.0,
+    "link_share": 1.0,
+    "overlap": 0.0,
+    "optimizer_bandwidth": 1.0,
+    "host_adam_gb_s": 1.0,
+    "publish_gb_s": 1.0,
+    "publish_fixed_s": 0.0,
+    "call_ms": 0.0,
+    "estimate_us": 0.0,
+}
+
+
+@pytest.fixture
+def hardware() -> Hardware:
+    known = hardware_named("h100-80g")
+    flops = known.device.tflops.model_copy(update={"bfloat16": 1.0, "float32": 1.0})
+    device = known.device.model_copy(update={"tflops": flops, "memory_gb_s": 1.0, "memory_gib": 1.0})
+    link = known.within.model_copy(update={"gb_s": 1.0, "latency_us": 0.0})
+    return known.model_copy(update={"device": device, "within": link, "between": link, "host": link})
+
+
+@pytest.fixture
+def assume() -> Assumptions:
+    return assumptions_for("gpu").changed(ROUND, "the test")
+
+
+def timed(work: Workload, hardware: Hardware, assume: Assumptions) -> StepTime:
+    memory = {name: rank_memory(role, work, hardware, assume) for name, role in work.roles.items()}
+    memory["rollout"] = RankMemory({"weights": 18_000.0, "key/value cache": 1e6})
+    return step_time(work, hardware, assume, memory)
+
+
+def test_a_forward_pass_is_two_flops_a_parameter_and_four_a_key(shape: ModelShape) -> None:
+    """100 tokens x (2 x 7,000 + 4 x 5 keys x 10 wide x 2 layers) + 60 asked x 2 x 1,000."""
+    assert forward_flops(shape, 100, 60, attended=5) == 100 * 14_400 + 120_000
+
+
+def test_scoring_and_learning_take_their_flops(
+    workload: Make, hardware: Hardware, assume: Assumptions, shape: ModelShape
+) -> None:
+    """80 tokens, 48 asked of a head of 1,000; 5 keys attended in the mean: 1.152 and 0.096 MFLOPs at 1 TFLOPS."""
+    time = timed(workload(), hardware, assume)
+    assert time.by_role["score"]["reference"] == pytest.approx(1.248e-6)
+    assert time.by_role["score"]["reward"] == pytest.approx((1.152e6 + 48 * 2 * 10) * 1e-12)
+    # Forward and backward are three times that, and twice the optimizer goes over 30 bytes of 9,000 parameters.
+    assert time.by_role["update"]["policy"] == pytest.approx(3 * 1.248e-6 + 2 * 30 * 9_000 / 1e9)
+    again = timed(workload(checkpointing=True), hardware, assume)
+    assert again.by_role["update"]["policy"] - time.by_role["update"]["policy"] == pytest.approx(1.152e-6)
+
+
+def test_text_of_ptx_is_learned_by_the_policy_alone(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
+    """2 blocks of 10 tokens a response: 160 tokens more, all of them asked about."""
+    plain = timed(workload(), hardware, assume).by_role["update"]
+    ptx = timed(workload(text_blocks=2.0, text_tokens=10), hardware, assume).by_role["update"]
+    assert ptx["policy"] - plain["policy"] == pytest.approx(3 * (160 * 14_400 + 160 * 2_000) * 1e-12)
+    assert ptx["value"] == plain["value"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "sent"),
+    [
+        (1, 2 * 9_000 + 2 * 9_000),  # gradients and weights, two bytes each, once a minibatch
+        (2, 2 * 2 * 9_000 + 2 * 9_000),  # gradients of both micro-batches
+        (3, 2 * 3 * 2 * 9_000),  # weights twice and gradients, of both
+    ],
+)
+def test_zero_sends_its_share_between_ranks(
+    stage: int, sent: int, workload: Make, hardware: Hardware, assume: Assumptions, shape: ModelShape
+) -> None:
+    """Two minibatches of 40 tokens, 20 a rank in micro-batches of 10; half of what is sent crosses."""
+    work = workload({"policy": Role("policy", shape, 2, learns=True, zero_stage=stage)}, micro_batch_tokens=10)
+    seconds = timed(work, hardware, assume).by_role["update"]["policy"]
+    arithmetic = 3 * 1.248e-6 / 2 + 2 * 30 * 4_500 / 1e9
+    assert seconds - arithmetic == pytest.approx(2 * sent / 2 / 1e9)
+
+
+def test_ranks_wait_for_the_one_with_the_longest_sequence(
+    workload: Make, hardware: Hardware, assume: Assumptions, shape: ModelShape
+) -> None:
+    """On four ranks each has one sequence of ten tokens; on eight some have none, and nothing is gained."""
+    at = {n: Role("value", shape.as_scalar(), n, learns=True, zero_stage=0) for n in (4, 8)}
+    quick = assume.changed({"link_share": 1e9}, "the test")
+    times = {n: timed(workload({"value": role}), hardware, quick).by_role["update"]["value"] for n, role in at.items()}
+    assert times[4] == pytest.approx(times[8])
+
+
+def test_roles_on_shared_gpus_work_one_after_the_other_and_move(
+    workload: Make, hardware: Hardware, assume: Assumptions
+) -> None:
+    apart = timed(workload(), hardware, assume)
+    shared = timed(workload(shared=(("policy", "value"), ("reference", "reward"))), hardware, assume)
+    assert apart.phases["update"] == max(apart.by_role["update"].values())
+    assert shared.phases["update"] == pytest.approx(sum(shared.by_role["update"].values()))
+    assert apart.phases["move"] == 0
+    # Weights, gradients, float32 weights, Adam: 16 bytes of 9,000 and of 9,010 parameters, there and back.
+    assert shared.phases["move"] == pytest.approx(2 * 16 * (9_000 + 9_010) / 1e9)
+
+
+def test_overlap_takes_the_longer_side(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
+    sync, overlap = (timed(workload(overlap=on), hardware, assume) for on in (False, True))
+    assert sync.seconds == pytest.approx(sum(sync.phases.values()))
+    assert max(sync.phases.values()) <= overlap.seconds < sync.seconds
+
+
+def test_a_decoding_step_reads_weights_and_cache(shape: ModelShape, hardware: Hardware, assume: Assumptions) -> None:
+    """8,990 parameters in layers and head, 2 bytes each, and 20 entries x 2 bytes of 100 cached tokens, at 1 GB/s."""
+    decoder = Decoder(shape, "bfloat16", 2, 1.0, hardware, assume)
+    assert decoder.step(sequences=4, cached=100) == pytest.approx((17_980 + 4_000) / 1e9)
+    bound = Decoder(shape, "bfloat16", 2, 1.0, hardware, assume.changed({"decode_flops": 1e-6}, "the test"))
+    assert bound.step(4, 100) == pytest.approx((4 * (14_000 + 2_000) + 4 * 100 * 10 * 2) / 1e6)
+
+
+def test_a_mixture_reads_the_experts_that_someone_chose(
+    shape: ModelShape, hardware: Hardware, assume: Assumptions
+) -> None:
+    """4 experts of 1,000 a layer in 2 layers, one a token: of one sequence a quarter, of two 1 - (3/4)^2."""
+    mixture = replace(shape, experts=4, experts_per_token=1, in_experts=8_000, in_layers=9_000)
+    decoder = Decoder(mixture, "bfloat16", 2, 1.0, hardware, assume)
+    assert decoder.step(1, 0) == pytest.approx(2 * (1_000 + 1_000 + 2_000) / 1e9)
+    assert decoder.step(2, 0) == pytest.approx(2 * (1_000 + 1_000 + 3_500) / 1e9)
+
+
+def test_responses_come_in_waves_where_the_cache_holds_few(
+    workload: Make, hardware: Hardware, assume: Assumptions
+) -> None:
+    """8 responses of 6 tokens; a sequence holds 10 tokens of 40 bytes. Weights alone count: 18 us a step."""
+    work = workload()
+    light = assume.changed({"mfu_forward": 1e9}, "the test")
+    step = 17_980 / 1e9
+    for places, steps in ((8, 6), (4, 12), (3, 18), (1, 48)):
+        made = generate_seconds(work.roles["rollout"], work, hardware, light, cache=places * 400 + 1)
+        reading = sum(8 * (4 + age + 0.5) * 40 for age in range(6)) / 1e9  # the cached keys and values, however dealt
+        assert made.places == places
+        assert made.seconds == pytest.approx(steps * step + reading, rel=0.01)
+
+
+def test_one_long_response_makes_a_tail(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
+    even = workload(longest_response=600, response_tokens=60.0)
+    spread = workload(longest_response=600, response_tokens=60.0, response_spread=1.0)
+    times = [generate_seconds(w.roles["rollout"], w, hardware, assume, 1e9) for w in (even, spread)]
+    assert times[0].tail == 0
+    assert times[1].seconds > 2 * times[0].seconds
+    assert times[1].tail > 0.5 * times[1].seconds
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6, 1.2])
+def test_lengths_have_the_mean_and_spread_asked_for(spread: float) -> None:
+    lengths = response_lengths(1000, mean=100, longest=10_000, spread=spread)
+    assert statistics.mean(lengths) == pytest.approx(100, rel=1e-3)
+    assert statistics.stdev(map(math.log, lengths)) == pytest.approx(spread, rel=0.03)
+    assert statistics.mean(lengths[:100]) == pytest.approx(100, rel=0.15), "in no order"
+
+
+def test_lengths_are_cut_at_the_longest_and_keep_their_mean() -> None:
+    lengths = response_lengths(1000, mean=100, longest=150, spread=1.0)
+    assert max(lengths) == 150
+    assert statistics.mean(lengths) == pytest.approx(100, rel=1e-3)
+    assert set(response_lengths(5, 7, 7, 1.0)) == {7}
