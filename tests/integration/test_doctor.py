@@ -100,7 +100,7 @@ def test_a_cluster_that_is_well_is_measured_from_end_to_end(two_nodes: str, tmp_
 
 def test_a_checkpoint_path_that_takes_no_file_fails_with_the_cure_and_exit_code_1() -> None:
     """A Ray of its own, on this machine. In /proc nobody can make a file, root neither."""
-    done = rayrlhf("doctor", "configs/tiny.yaml", "run.output=/proc/rayrlhf", "--quick", timeout=120)
+    done = rayrlhf("doctor", "configs/tiny.yaml", "run.output=/proc/rayrlhf", "--quick", timeout=120, COLUMNS="160")
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "│ fail" in line]
     assert len(rows) == 1
