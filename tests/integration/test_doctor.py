@@ -52,10 +52,12 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
 
 
 def start_node(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    # Two nodes of one machine would otherwise take the same ports.
+    ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
     sizes = ("--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats")
     with log.open("wb") as file:
         return subprocess.Popen(
-            [RAY, "start", "--block", *arguments, *sizes], env={**os.environ, **OPEN}, stdout=file, stderr=file
+            [RAY, "start", "--block", *arguments, *sizes, *ports], env={**os.environ, **OPEN}, stdout=file, stderr=file
         )
 
 
