@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import psutil
 import ray
+from ray._private import ray_constants
 
 from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
@@ -20,18 +21,24 @@ __all__ = ["connect", "disconnect", "join"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
+# What Ray sets for the command of a job, and nobody else.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
-    """Start Ray here, or join `cluster.address`; then check that it has what the config asks for.
+    """Start Ray here, or join `cluster.address`, or the cluster of the Ray job that this is; then check that it has
+    what the config asks for.
 
     Raises:
         ResourceError: it does not.
     """
     # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    join(config.cluster.address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
+    address = config.cluster.address
+    if address is None and JOB_VARIABLE in os.environ:
+        address = os.environ["RAY_ADDRESS"]  # of the cluster that runs this job
+    join(address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
     try:
         check_resources(config, ray.cluster_resources())
     except BaseException:
@@ -67,6 +74,8 @@ def _knock(address: str) -> None:
 def _ray_init(address: str | None, namespace: str, cpus: int) -> None:
     local = address is None
     before = signal.getsignal(signal.SIGTERM)
+    if local:
+        _stay_on_loopback()
     ray.init(
         address="local" if local else address,  # None would join any cluster that runs on this machine
         namespace=namespace,
@@ -79,6 +88,12 @@ def _ray_init(address: str | None, namespace: str, cpus: int) -> None:
     )
     with suppress(ValueError):  # Ray has put its own there, which exits with 15; signals reach the main thread alone
         signal.signal(signal.SIGTERM, before)
+
+
+def _stay_on_loopback() -> None:
+    """A Ray of our own has one node: it does as on systems where Ray makes no clusters, and listens to nobody else."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for Ray's own processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
 
 
 def disconnect() -> None:
