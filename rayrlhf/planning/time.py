@@ -62,6 +62,14 @@ class RoleClock:
         fixed = passes * assume["micro_batch_ms"] + assume["call_ms"]
         return role.copies * (max(computing, gathering) + fixed * 1e-3)
 
+    def scored_early(self, score: Mapping[str, float], generate: float) -> float:
+        """Seconds of scoring that are over when the last response comes: a tenth of it never is, nor anything of roles
+        that wait for the engines' devices, or of a batch that is drawn while another is learned from."""
+        work = self.work
+        if work.overlap or any(role in work.sharing("rollout") for role in score):
+            return 0.0
+        return min(0.9 * self.together(score), self.assume["scored_early"] * generate)
+
     def update(self, role: Role) -> float:
         """All minibatches of a step."""
         minibatches = self.work.batch_size // self.work.minibatch_size * self.work.epochs
@@ -199,9 +207,11 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     generate = generation.seconds
     if not work.gpu:  # engines on few cores
         generate *= max(1.0, rollout.ranks * rollout.devices / hardware.per_node)
+    early = clock.scored_early(score, generate)
     phases = {
-        "generate": generate + assume["call_ms"] * 1e-3,
-        "score": clock.together(score),
+        # On a CPU whoever scores meanwhile takes the engines' cores.
+        "generate": generate + (0.0 if work.gpu else early) + assume["call_ms"] * 1e-3,
+        "score": clock.together(score) - early,
         "estimate": work.batch_size / roles["policy"].ranks * assume["estimate_us"] * 1e-6 + assume["call_ms"] * 1e-3,
         "update": clock.together(update),
         "publish": clock.publish(),

@@ -126,6 +126,28 @@ def test_roles_on_shared_gpus_work_one_after_the_other_and_move(
     assert shared.phases["move"] == pytest.approx(2 * 16 * (9_000 + 9_010) / 1e9)
 
 
+def test_finished_responses_are_scored_while_others_are_sampled(
+    workload: Make, hardware: Hardware, assume: Assumptions
+) -> None:
+    """Nine tenths at most, half of generation at most; on shared GPUs nothing."""
+    late, early = (timed(workload(), hardware, assume.changed({"scored_early": s}, "the test")) for s in (0.0, 0.5))
+    assert late.phases["score"] == max(late.by_role["score"].values())
+    assert early.phases["score"] == pytest.approx(0.1 * late.phases["score"])
+    assert early.phases["generate"] == late.phases["generate"]
+    little = timed(workload(), hardware, assume.changed({"scored_early": 1e-4}, "the test"))
+    gone = late.phases["score"] - little.phases["score"]
+    assert gone == pytest.approx(1e-4 * late.phases["generate"])
+    shared = workload(shared=(("policy", "rollout"),))
+    assert (
+        timed(shared, hardware, assume).phases["score"]
+        == timed(workload(), hardware, scored_late(assume)).phases["score"]
+    )
+
+
+def scored_late(assume: Assumptions) -> Assumptions:
+    return assume.changed({"scored_early": 0.0}, "the test")
+
+
 def test_overlap_takes_the_longer_side(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
     sync, overlap = (timed(workload(overlap=on), hardware, assume) for on in (False, True))
     assert sync.seconds == pytest.approx(sum(sync.phases.values()))
