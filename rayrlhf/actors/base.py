@@ -15,7 +15,17 @@ from typing import Any, TypeVar
 import psutil
 import ray
 
-__all__ = ["SHOW_STACK", "Actor", "Whereabouts", "leaves_data", "peak_memory_gib", "send_output_to", "use_rays_network"]
+__all__ = [
+    "SHOW_STACK",
+    "Actor",
+    "Whereabouts",
+    "leaves_data",
+    "peak_memory_gib",
+    "send_output_to",
+    "show_stack_when_asked",
+    "use_rays_network",
+    "whereabouts",
+]
 
 # A process that gets this signal writes the stacks of its threads to its log.
 SHOW_STACK = signal.SIGUSR2
@@ -50,17 +60,17 @@ class Actor:
     def __init__(self, log: str) -> None:
         self._log = log
         send_output_to(Path(log))
-        faulthandler.register(SHOW_STACK, all_threads=True)  # into the log
+        show_stack_when_asked()
 
     def close(self) -> None:
         """Give back what is held outside this process's memory; nothing, unless a role says otherwise."""
 
     def whereabouts(self) -> Whereabouts:
-        return Whereabouts(self.node(), os.getpid(), psutil.Process().create_time(), self._log)
+        return whereabouts(self._log)
 
     def node(self) -> str:
         """Ray's id of the node this process runs on."""
-        return str(ray.get_runtime_context().get_node_id())
+        return this_node()
 
     def free_address(self) -> tuple[str, int]:
         """This node's address and a free port on it."""
@@ -75,6 +85,20 @@ class Actor:
 
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         return float(psutil.Process().memory_info().rss + gpu) / 2**30
+
+
+def this_node() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def whereabouts(log: str) -> Whereabouts:
+    """Of this process."""
+    return Whereabouts(this_node(), os.getpid(), psutil.Process().create_time(), log)
+
+
+def show_stack_when_asked() -> None:
+    """In the log, where this process's output goes."""
+    faulthandler.register(SHOW_STACK, all_threads=True)
 
 
 def use_rays_network() -> None:

@@ -4,18 +4,21 @@ when the run is asked to.
     start ──► follow ──► done
       ▲         │
       │         ├─ a worker is gone ──► newest whole checkpoint ─┐
-      └─────────┼────────────────────────────────────────────────┘   as often as cluster.recovery allows
+      └─────────┼─ they say nothing any more ──► ended ──────────┘   as often as cluster.recovery allows
                 ├─ SIGTERM ──► the workers end their step, save ──► Stopped
                 └─ an error of the work itself ──► raised, once
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
@@ -23,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError
 
+from rayrlhf.actors.base import Whereabouts
+from rayrlhf.actors.nodes import end_process, stack_of
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.errors import ActorError, ActorTimeout, RayRLHFError, Stopped
 from rayrlhf.metrics.sinks import read_jsonl
@@ -34,7 +39,7 @@ from rayrlhf.supervised.checkpoints import RECORDS, CheckpointPlan, put_back
 if TYPE_CHECKING:
     from rayrlhf.stages.training import TrainingJob
 
-__all__ = ["Supervision", "lost_worker"]
+__all__ = ["Supervision", "lost_worker", "say_where"]
 
 # The workers' name in `cluster`, and so in what is told of losses.
 WHO = "train"
@@ -43,6 +48,10 @@ SHOWN = {"loss": "loss", "pretrain_loss": "pretrain loss", "learning_rate": "lr"
 JUDGED = {"heldout_loss": "held-out loss", "reward": "reward"}
 # Once the steps are over nothing more is saved on the way: a stage that is asked to end then has so long to be done.
 DONE_WITHIN_S = 20.0
+# Until Ray Train has noticed that workers were ended.
+ENDED_S = 120.0
+# Where each worker says where its process is; in the stage's workspace.
+WORKERS = ".workers"
 # What gloo and NCCL say in a rank whose peer is gone; often it is heard of before the peer's own end.
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
 
@@ -84,6 +93,7 @@ class Supervision:
                 error = self._follow(self._start(found, restarts), request)
                 self._context.asked_to_end = request.asked
                 if error is None:
+                    shutil.rmtree(self._plan.workspace / WORKERS, ignore_errors=True)
                     return restarts
                 lost = lost_worker(error)
                 if lost is None:
@@ -119,6 +129,7 @@ class Supervision:
     def _put_back(self, found: Checkpoint | None) -> None:
         """Workspace and records as they were then: steps done after it are done, and told of, again."""
         put_back(found, self._plan.workspace)
+        shutil.rmtree(self._plan.workspace / WORKERS, ignore_errors=True)
         self._plan.stop.unlink(missing_ok=True)
         stage = self._job.stage
         self._context.sink.keep(lambda record: record.get("stage") != stage)
@@ -132,7 +143,7 @@ class Supervision:
         """Show the workers' records until the trainer ends; what made it fail, if it did.
 
         Raises:
-            ActorTimeout: when the workers do not start, or say nothing for longer than `cluster.call_timeout_s`.
+            ActorTimeout: when the workers do not start.
             Stopped: when they need not or cannot save before the end.
         """
         cluster = self._context.config.cluster
@@ -145,12 +156,24 @@ class Supervision:
             if request.asked and not done:
                 self._end(request.since)
             if not done and monotonic() > deadline:
-                raise ActorTimeout(
-                    f"{self._job.stage}: its workers have said nothing before the deadline",
-                    f"see {self._job.logs[0]}; raise cluster.start_timeout_s or cluster.call_timeout_s if they are "
-                    "only slow",
-                )
+                return self._end_the_hung(outcome)
         return outcome.exception()
+
+    def _end_the_hung(self, outcome: Future[Any]) -> ActorTimeout:
+        """Look where the workers are stuck, and end them.
+
+        Raises:
+            ActorTimeout: they have not begun, or cannot be ended.
+        """
+        where = told_where(self._plan)
+        stuck = asyncio.run(_stuck(where))
+        error = ActorTimeout(
+            "; ".join(["its workers have said nothing before the deadline", *stuck]),
+            f"see {self._job.logs[0]}; raise cluster.start_timeout_s or cluster.call_timeout_s if they are only slow",
+        )
+        if not where or wait([outcome], timeout=ENDED_S).not_done:
+            raise ActorTimeout(f"{self._job.stage}: {error.message}", error.hint)
+        return error
 
     def _end(self, since: float) -> None:
         """Tell the workers; do not wait for those that have nothing to save."""
@@ -209,6 +232,8 @@ def lost_worker(error: BaseException) -> str | None:
 
     A worker that raises an error of ours (a loss that is not finite, a full disk) would raise it again.
     """
+    if isinstance(error, ActorTimeout):
+        return error.message
     if isinstance(error, RayActorError):  # Ray Train's own actor
         return "the actor that leads its workers is gone"
     failures = _failures(error)
@@ -223,6 +248,26 @@ def lost_worker(error: BaseException) -> str | None:
         if any(words in str(failure) for words in PEER_GONE):
             return f"worker {rank} has lost another one"
     return None
+
+
+async def _stuck(where: Mapping[int, Whereabouts]) -> list[str]:
+    """In words, where each rank is; none of them is anywhere afterwards."""
+    stacks = await asyncio.gather(*map(stack_of, where.values()))
+    await asyncio.gather(*map(end_process, where.values()))
+    return [f"worker {rank} is in {stack}" for rank, stack in zip(where, stacks, strict=True)]
+
+
+def say_where(plan: CheckpointPlan, rank: int, where: Whereabouts) -> None:
+    """A worker that hangs cannot say it any more."""
+    path = plan.workspace / WORKERS / f"{rank}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(asdict(where)), encoding="utf-8")
+
+
+def told_where(plan: CheckpointPlan) -> dict[int, Whereabouts]:
+    """By rank."""
+    files = sorted((plan.workspace / WORKERS).glob("*.json"), key=lambda path: int(path.stem))
+    return {int(path.stem): Whereabouts(**json.loads(path.read_text(encoding="utf-8"))) for path in files}
 
 
 def _failures(error: BaseException) -> dict[int, BaseException]:

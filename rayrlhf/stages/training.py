@@ -29,7 +29,7 @@ from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.progress import StageProgress
 from rayrlhf.stages.resume import as_json, store_of_training
-from rayrlhf.stages.supervision import Supervision
+from rayrlhf.stages.supervision import Supervision, say_where
 from rayrlhf.supervised.checkpoints import CheckpointPlan
 from rayrlhf.supervised.loop import TrainSettings
 
@@ -215,13 +215,15 @@ def worker(config: dict[str, Any]) -> None:
     """Entry point of a Ray Train worker."""
     import ray.train
 
-    from rayrlhf.actors.base import peak_memory_gib, send_output_to
+    from rayrlhf.actors.base import peak_memory_gib, send_output_to, show_stack_when_asked, whereabouts
     from rayrlhf.engines.distributed import prepare_process
     from rayrlhf.metrics.sinks import JsonLines, to_json
 
     job: TrainingJob = config["job"]
     rank = ray.train.get_context().get_world_rank()
     send_output_to(Path(job.logs[rank]))
+    show_stack_when_asked()
+    say_where(job.checkpoints, rank, whereabouts(job.logs[rank]))
     prepare_process(job.device, job.threads, job.deterministic)
     import deepspeed
 

@@ -178,6 +178,23 @@ def test_a_stage_that_lost_a_worker_and_then_its_driver_ends_as_the_one_that_los
     assert not checkpoints.exists(), "a stage that is done needs none"
 
 
+def test_a_worker_that_hangs_shows_its_stack_and_the_stage_goes_on(
+    finished: FinishedRun, noise: Path, tmp_path: Path
+) -> None:
+    arguments = sft_of_noise(finished, noise, "hung", f"run.output={tmp_path}", "sft.epochs=4", "sft.log_every=1")
+    arguments += ["checkpoint.training_every=4", "cluster.call_timeout_s=15"]
+    folder = tmp_path / "hung"
+    with started(["sft", *arguments], tmp_path / "printed") as run:
+        wait_until((folder / "checkpoints" / "training" / "sft" / "step-000004").exists, run)
+        os.kill(writer_of(folder / "logs" / "sft-0.log"), signal.SIGSTOP)
+        wait_until(lambda: [r["event"] for r in recoveries(folder)] == ["lost", "replaced"], run)
+        assert run.wait(200) == 0, (tmp_path / "printed").read_text()
+    assert "worker 0 is in File" in recoveries(folder)[0]["cause"]
+    steps = [r["step"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > 4
+
+
 def test_the_epoch_whose_responses_the_reward_model_likes_best_is_saved(finished: FinishedRun, noise: Path) -> None:
     judge = finished.artifact("reward") / "model"
     run = run_sft(finished, noise, "liked", "sft.epochs=8", f"sft.select={{by: reward, reward_model: {judge}}}")

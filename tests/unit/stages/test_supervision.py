@@ -19,12 +19,14 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from rich.console import Console
 
+from rayrlhf.actors.base import Whereabouts
 from rayrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from rayrlhf.config import load_config
-from rayrlhf.errors import ActorError, Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorTimeout, Stopped, TrainingError
 from rayrlhf.metrics.sinks import JsonLines, RunSink, read_jsonl
+from rayrlhf.stages import supervision
 from rayrlhf.stages.progress import StageProgress
-from rayrlhf.stages.supervision import Supervision, lost_worker
+from rayrlhf.stages.supervision import Supervision, lost_worker, say_where
 from rayrlhf.supervised.checkpoints import CheckpointPlan
 
 TINY = Path(__file__).parents[3] / "configs" / "tiny.yaml"
@@ -67,6 +69,10 @@ def test_the_end_of_ray_trains_own_actor_is_a_loss_too() -> None:
     assert lost_worker(ActorDiedError()) == "the actor that leads its workers is gone"
 
 
+class Hangs(Exception):
+    """A group that says nothing any more."""
+
+
 # ---- a stage, whose groups of workers are functions
 
 
@@ -94,7 +100,10 @@ class Stage:
             assert restarts == len(groups) - len(waiting)
             self.lines, outcome = JsonLines(self.folder / "workspace" / "metrics.jsonl"), Future[Any]()
             error = waiting.pop(0)(self, found)
-            outcome.set_exception(error) if error else outcome.set_result(None)
+            if isinstance(error, Hangs):
+                self.hanging = outcome
+            else:
+                outcome.set_exception(error) if error else outcome.set_result(None)
             return outcome
 
         with StageProgress(self.context.console, "sft") as progress:
@@ -140,6 +149,56 @@ def test_after_a_loss_it_goes_on_from_the_newest_checkpoint_and_tells_each_step_
     told = read_jsonl(tmp_path / "recoveries.jsonl")
     assert [(r["who"], r["event"]) for r in told] == [("train", "lost"), ("train", "replaced")]
     assert told[0]["cause"] == "sft: worker 1 is gone while training, after step 5"
+
+
+def hangs_after(last: int, begun: bool = True) -> Group:
+    def group(stage: Stage, found: Checkpoint | None) -> BaseException:
+        if begun:
+            for rank in range(2):
+                say_where(stage.job.checkpoints, rank, Whereabouts("node", 100 + rank, 1.5, f"sft-{rank}.log"))
+            stage.steps(1, last)
+        return Hangs()
+
+    return group
+
+
+def looked_after(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that are ended, whereupon the group fails."""
+    ended: list[int] = []
+
+    async def stack_of(where: Whereabouts) -> str:
+        return f'File "{where.log}", line {where.pid}'
+
+    async def end_process(where: Whereabouts) -> None:
+        ended.append(where.pid)
+        if len(ended) == 2:
+            stage.hanging.set_exception(GONE)
+
+    monkeypatch.setattr(supervision, "stack_of", stack_of)
+    monkeypatch.setattr(supervision, "end_process", end_process)
+    return ended
+
+
+def test_workers_that_say_nothing_any_more_show_where_they_are_and_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path)
+    stage.context.config = load_config(TINY, ["cluster={call_timeout_s: 0.5, recovery: {backoff_s: 0}}"])
+    ended = looked_after(stage, monkeypatch)
+    assert stage.supervise(hangs_after(3), ends) == 1
+    assert ended == [100, 101]
+    assert stage.told() == [1, 2, 3, 4, 5, 6]
+    cause = read_jsonl(tmp_path / "recoveries.jsonl")[0]["cause"]
+    assert 'worker 0 is in File "sft-0.log", line 100; worker 1 is in File "sft-1.log", line 101' in cause
+    assert not (tmp_path / "workspace" / ".workers").exists()
+
+
+def test_workers_that_never_begin_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(tmp_path)
+    stage.context.config = load_config(TINY, ["cluster={start_timeout_s: 0.3}"])
+    looked_after(stage, monkeypatch)
+    with pytest.raises(ActorTimeout, match="sft: its workers have said nothing"):
+        stage.supervise(hangs_after(0, begun=False))
 
 
 def test_a_checkpoint_that_was_cut_short_is_named_and_the_one_before_it_is_taken(tmp_path: Path) -> None:
