@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 the run failed, 2 the input cannot be used, 130 interrupte
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,9 @@ from rayrlhf.config.secrets import masked
 from rayrlhf.errors import USER_ERRORS, RayRLHFError, Stopped
 
 __all__ = ["app", "main"]
+
+# What a full or broken disk says, wherever a run happens to write when it does.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +68,14 @@ EvalOutput = Annotated[
     Path | None, typer.Option("--output", metavar="FOLDER", help="Where results go; RUN/eval if left out.")
 ]
 
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HEAD:8265.", metavar="URL"
+    ),
+]
+Job = Annotated[str, typer.Argument(help="as `rayrlhf submit` named it", metavar="JOB")]
+Follow = Annotated[bool, typer.Option("--follow", help="Show the log until the job ends; end with its exit code.")]
 HardwareName = Annotated[
     str | None,
     typer.Option(
@@ -216,6 +229,59 @@ def doctor(
     raise typer.Exit(1 if failed(findings) else 0)
 
 
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Address,
+    overrides: Overrides = None,
+    follow: Follow = False,
+    resume: Resume = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env", metavar="NAME", help="A variable that the job gets with its value here; may be repeated."
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="The folder that is sent and that the job starts in.", metavar="FOLDER")
+    ] = Path("."),
+) -> None:
+    """`rayrlhf run` as a job on a Ray cluster: sends code and config, needs no GPU and no Ray here. WANDB_API_KEY,
+    HF_TOKEN and the reward service's token go along where they are set."""
+    from rayrlhf.launch import submit as jobs
+
+    job = jobs.submit(config, overrides or (), address, env or (), working_dir, resume, Console())
+    if follow:
+        with _leaving(job, address):
+            raise typer.Exit(jobs.show_logs(job, address, True, Console()))
+
+
+@app.command()
+def status(job: Job, address: Address) -> None:
+    """How a submitted job fares, and if it failed, why."""
+    from rayrlhf.launch.submit import show_status
+
+    show_status(job, address, Console())
+
+
+@app.command()
+def logs(job: Job, address: Address, follow: Follow = False) -> None:
+    """What a submitted job has printed."""
+    from rayrlhf.launch.submit import show_logs
+
+    with _leaving(job, address):
+        raise typer.Exit(show_logs(job, address, follow, Console()))
+
+
+@app.command()
+def stop(job: Job, address: Address) -> None:
+    """End a submitted job, with a checkpoint if it is in PPO, and wait until it has."""
+    from rayrlhf.launch.submit import stop as stop_job
+
+    with _leaving(job, address):
+        raise typer.Exit(stop_job(job, address, Console()))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
@@ -263,6 +329,11 @@ def main() -> None:
     except RayRLHFError as problem:
         _print(error, problem)
         sys.exit(1)
+    except OSError as problem:
+        if problem.errno not in DISK:
+            raise
+        _print(error, RayRLHFError(str(problem), "mend that, then go on with --resume: checkpoints are as they were"))
+        sys.exit(1)
     except typer.Abort:
         sys.exit(130)
     except Exception as problem:
@@ -282,6 +353,21 @@ class _Terminated(BaseException):
 
 def _end(number: int, frame: object) -> None:
     raise _Terminated
+
+
+@contextmanager
+def _leaving(job: str, address: str) -> Iterator[None]:
+    """Whoever stops looking at a job does not stop it."""
+    try:
+        yield
+    except (KeyboardInterrupt, _Terminated) as reason:
+        Console(stderr=True).print(
+            f"{job} goes on; to look at it again: rayrlhf logs {job} --follow --address {address}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        sys.exit(130 if isinstance(reason, KeyboardInterrupt) else 143)
 
 
 def _run_one(

@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.faults import actor, recoveries, send_within, started, wait_until
+from tests.faults import actor, kill_in_next_call, recoveries, send_within, started, wait_until
 from tests.integration.hosts import Hosts, two_hosts, why_not
 from tests.soak import ppo_command, ready_models, records, same_numbers
 
@@ -57,6 +57,20 @@ class Case:
 
 def within(name: str, method: str, how: signal.Signals) -> Callable[[int], Any]:
     return lambda driver: send_within(driver, name, method, how)
+
+
+def frozen(name: str, how: signal.Signals) -> Callable[[int], Any]:
+    """For a role with one kind of call: whenever it is, that is the call which meets it."""
+
+    def hit(driver: int) -> None:
+        if how == KILL:
+            kill_in_next_call(driver, name)
+        else:
+            found = actor(driver, name)
+            assert found is not None
+            found.send_signal(how)
+
+    return hit
 
 
 def shard(method: str, how: signal.Signals) -> Callable[[int], Any]:
@@ -124,7 +138,7 @@ CASES = [
         if (fault == "killed") == (phase in ("score", "update", "probe", "save")) or phase == "update"
     ),
     *(
-        Case(role, fault, "score", within(ACTORS[role], "score", how))
+        Case(role, fault, "score", frozen(ACTORS[role], how))
         for role in ("reference", "reward")
         for fault, how in (("killed", KILL), ("hung", STOP))
     ),

@@ -19,6 +19,7 @@ __all__ = [
     "ROOT",
     "actor",
     "end_session",
+    "kill_in_next_call",
     "recoveries",
     "send_within",
     "session",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parents[1]
+# A run whose actor has stopped asks it for something within this time.
+ASKED_S = 2.0
 
 
 @contextmanager
@@ -102,6 +105,20 @@ def send_within(driver: int, name: str, method: str, how: signal.Signals, timeou
                 time.sleep(0.001)
         assert Path(f"/proc/{driver}/exe").exists(), "the run ended before"
     raise AssertionError(f"{name} is never in {method}")
+
+
+def kill_in_next_call(driver: int, name: str, timeout_s: float = 300) -> None:
+    """Stop the actor where it is, let the run ask something of it, and kill it: what was asked is in the run's records.
+
+    For calls that are over too soon to be met by `send_within`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (found := actor(driver, name)) is None:
+        assert time.monotonic() < deadline, f"there is no {name}"
+        time.sleep(0.05)
+    found.send_signal(signal.SIGSTOP)
+    time.sleep(ASKED_S)
+    found.kill()
 
 
 def recoveries(folder: Path) -> list[dict[str, Any]]:

@@ -21,18 +21,24 @@ __all__ = ["connect", "disconnect", "join"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
+# What Ray sets for the command of a job, and nobody else.
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
 
 
 def connect(config: Config) -> None:
-    """Start Ray here, or join `cluster.address`; then check that it has what the config asks for.
+    """Start Ray here, or join `cluster.address`, or the cluster of the Ray job that this is; then check that it has
+    what the config asks for.
 
     Raises:
         ResourceError: it does not.
     """
     # Ray Train looks at its workers this often; its own default makes every stage end two seconds late.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
-    join(config.cluster.address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
+    address = config.cluster.address
+    if address is None and JOB_VARIABLE in os.environ:
+        address = os.environ["RAY_ADDRESS"]  # of the cluster that runs this job
+    join(address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
     try:
         check_resources(config, ray.cluster_resources())
     except BaseException:

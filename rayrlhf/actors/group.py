@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from math import floor
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
+    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -29,7 +31,7 @@ from rayrlhf.driver.recovery import Deadlines
 from rayrlhf.engines.distributed import Rendezvous
 from rayrlhf.errors import ActorError, ActorLost, ActorTimeout, DataLost, RayRLHFError, ResourceError
 
-__all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain"]
+__all__ = ["CLOSE_S", "ActorGroup", "KeptActors", "explain", "fetched"]
 
 
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
@@ -51,7 +53,8 @@ class ActorGroup:
         self.deadlines: Deadlines | None = None
         """For calls that say none of their own; `call_timeout_s` without it."""
         self._timeout = call_timeout_s
-        self._ahead = [0.0] * placement.ranks
+        self._ahead: list[list[float]] = [[] for _ in range(placement.ranks)]
+        """by rank, how long each call that it has not answered may take"""
         self._where: list[Whereabouts | None] = [None] * placement.ranks
         self._replaced = 0
         if devices is not None:
@@ -82,13 +85,13 @@ class ActorGroup:
         if arguments is not None:
             self._made_of = self._made_of[0], list(arguments)
         ranks = range(self.ranks) if rank is None else [rank]
-        await asyncio.gather(*(self._end(i) for i in ranks))
+        await asyncio.gather(*(self.end(i) for i in ranks))
         await self._room(timeout_s)  # on another node, if theirs is gone
         self._replaced += 1
         if self.devices is not None:
             self.devices.replaced(self.role)
         for i in ranks:
-            self.actors[i] = self._create(i)
+            self.actors[i], self._ahead[i] = self._create(i), []
 
     async def locate(self, rank: int | None = None) -> None:
         """Ask every rank, or one, where it is, once it has started: one that hangs later cannot say it any more."""
@@ -114,7 +117,8 @@ class ActorGroup:
             .remote(*arguments[rank])
         )
 
-    async def _end(self, rank: int) -> None:
+    async def end(self, rank: int) -> None:
+        """Its process, whatever it does."""
         where, self._where[rank] = self._where[rank], None
         with suppress(Exception):  # gone already
             ray.kill(self.actors[rank])
@@ -177,20 +181,15 @@ class ActorGroup:
         start, ranks = perf_counter(), range(first, first + len(refs))
         own = timeout_s or (self.deadlines.of(method) if self.deadlines else self._timeout)
         # An actor does one thing at a time: what it was asked before may take its own time first.
-        allowed = own + max(self._ahead[rank] for rank in ranks)
+        allowed = own + max(sum(self._ahead[rank]) for rank in ranks)
         futures = [_as_future(ref[0] if isinstance(ref, list) else ref) for ref in refs]
-        for rank in ranks:
-            self._ahead[rank] += own
-        try:
-            done, pending = await asyncio.wait(futures, timeout=allowed, return_when=asyncio.FIRST_EXCEPTION)
-            if pending and len(futures) > 1 and any(future.exception() for future in done):
-                await asyncio.wait(pending, timeout=SAME_CAUSE_S)  # one that died breaks the others' calls first
-        finally:
-            for rank in ranks:
-                self._ahead[rank] -= own
-            for future in futures:  # also when the caller is cancelled: nobody asks for these any more
-                future.cancel()
-        # All of them are asked for: asyncio prints a traceback for an exception that nobody looked at.
+        for rank, future in zip(ranks, futures, strict=True):
+            self._ahead[rank].append(own)
+            future.add_done_callback(partial(_answered, self._ahead[rank], own))
+        # Those that nobody waits for any more go on: the actor is still at them when it is asked for the next thing.
+        done, pending = await asyncio.wait(futures, timeout=allowed, return_when=asyncio.FIRST_EXCEPTION)
+        if pending and len(futures) > 1 and any(future.exception() for future in done):
+            await asyncio.wait(pending, timeout=SAME_CAUSE_S)  # one that died breaks the others' calls first
         failures = {r: f.exception() for r, f in zip(ranks, futures, strict=True) if f.done() and not f.cancelled()}
         if failed := {rank: error for rank, error in failures.items() if error is not None}:
             rank = min(failed, key=lambda r: not isinstance(failed[r], DEATHS))
@@ -262,6 +261,27 @@ def explain(error: BaseException | None, where: str, log: str) -> BaseException:
         return ActorLost(f"{where}: the actor died", hint)
     detail = f"{type(cause).__name__}: {cause}".splitlines()
     return ActorError(f"{where}: {detail[0]}", hint)
+
+
+async def fetched(handle: Any, what: str) -> Any:
+    """What a handle stands for.
+
+    Raises:
+        DataLost: it is gone.
+    """
+    try:
+        return await handle
+    except RayError as error:
+        raise DataLost(
+            f"{what} went with the node that held them ({type(error).__name__})",
+            "start the command again: stages that are done stay done",
+        ) from None
+
+
+def _answered(ahead: list[float], own: float, call: asyncio.Future[Any]) -> None:
+    ahead.remove(own)
+    if not call.cancelled():
+        call.exception()  # asyncio prints a traceback for one that nobody has looked at
 
 
 def _as_future(ref: Any) -> asyncio.Future[Any]:

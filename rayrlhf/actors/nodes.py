@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrlhf.actors.base import SHOW_STACK, Whereabouts
 
-__all__ = ["end_process", "stack_of"]
+__all__ = ["end_process", "innermost_frames", "stack_of"]
 
 # A new worker of Ray's has to start for it.
 ANSWER_S = 20.0
@@ -68,9 +68,18 @@ def _show_stack(where: Whereabouts) -> str:
         if now and now == written:
             break
         written = now
-    frames = [line.strip() for line in written.splitlines() if line.lstrip().startswith(("File", "Current thread"))]
-    start = next((i for i, line in enumerate(frames) if line.startswith("Current thread")), -1)
-    return "; ".join(frames[start + 1 :][:4]) or "(no stack: it takes no signals)"
+    return innermost_frames(written) or "(no stack: it takes no signals)"
+
+
+def innermost_frames(written: str, count: int = 4) -> str:
+    """Of the main thread, which does an actor's work: it is written last, and each thread's newest call first."""
+    frames: list[str] = []
+    for line in map(str.strip, written.splitlines()):
+        if line.startswith(("Thread 0x", "Current thread 0x")):
+            frames = []
+        elif line.startswith("File "):
+            frames.append(line)
+    return "; ".join(frames[:count])
 
 
 def _end(where: Whereabouts) -> None:

@@ -75,6 +75,7 @@ class EnginePool:
             raise WeightSyncError("no engine holds verified weights", "publish before sampling")
         least, left = len(requests) / (PARTS + 1), Shares()
         while True:
+            self._look_after_replacements()
             async with self._turn, held_by((self._group, "all")):
                 shares, left = self._shares(left, requests), Shares()
                 async with aclosing(self._drawn(shares, temperature, least, left)) as parts:
@@ -174,11 +175,11 @@ class EnginePool:
         async with self._turn:
             self._serving = []
             while True:
-                await self._some_engine()
+                up = await self._some_engine()
                 try:
-                    result = await self._bring(version, self._policy, self._up())
+                    result = await self._bring(version, self._policy, up)
                 except WeightSyncError:
-                    if not any(engine.replacing for engine in self._engines):
+                    if not (any(engine.replacing for engine in up) or self._coming()):
                         raise
                     continue  # all of them are lost: there will be others
                 break
@@ -191,7 +192,10 @@ class EnginePool:
     @property
     def whole(self) -> bool:
         """No engine is being replaced."""
-        return all(engine.replacing is None or engine.replacing.done() for engine in self._engines)
+        return all(
+            engine.replacing is None or (engine.replacing.done() and not engine.replacing.exception())
+            for engine in self._engines
+        )
 
     def policy_moved(self) -> None:
         """The policy's actors have been replaced."""
@@ -230,20 +234,20 @@ class EnginePool:
             if not same:  # the policy has learned meanwhile: its next version comes as soon as it is done
                 await self._published.wait()
 
-    async def _some_engine(self) -> None:
-        """Wait for one that is not being replaced."""
-        while not self._up():
-            replacing = [engine.replacing for engine in self._engines if engine.replacing]
-            await asyncio.wait(replacing, return_when=asyncio.FIRST_COMPLETED)
+    async def _some_engine(self) -> list[EngineSide]:
+        """Those that are not being replaced, once there is one."""
+        while not (up := self._up()):
+            await asyncio.wait(self._coming(), return_when=asyncio.FIRST_COMPLETED)
+        return up
 
     async def _all_engines(self) -> None:
         """Bring back all that can be; one whose weights cannot be verified stays out."""
         same = True
         while same and len(self._serving) < len(self._engines):
-            if replacing := [engine.replacing for engine in self._engines if engine.replacing]:
-                await asyncio.wait(replacing)
+            if coming := self._coming():
+                await asyncio.wait(coming)
             same = await self._late()
-            if not any(engine.replacing for engine in self._engines):
+            if not self._coming():
                 return
 
     async def _late(self) -> bool:
@@ -261,13 +265,25 @@ class EnginePool:
         return True
 
     def _up(self) -> list[EngineSide]:
-        self._look_after_replacements()
-        return [engine for engine in self._engines if engine.replacing is None]
+        """Those that are not being replaced. One that may not be any more ends the run here when nobody else is left,
+        else before the next samples: a step that others can take is published first, and so is saved."""
+        self._look_after_replacements(bear=True)
+        up = [engine for engine in self._engines if engine.replacing is None]
+        if not up and not self._coming():
+            self._look_after_replacements()
+        return up
 
-    def _look_after_replacements(self) -> None:
-        """Raises what ended one of them."""
+    def _coming(self) -> list[asyncio.Future[None]]:
+        """Replacements under way, or done and not looked at yet."""
+        every = [engine.replacing for engine in self._engines if engine.replacing is not None]
+        return [future for future in every if not (future.done() and future.exception())]
+
+    def _look_after_replacements(self, bear: bool = False) -> None:
+        """Raises what ended one of them, unless it is to be borne."""
         for engine in self._engines:
             if engine.replacing is not None and engine.replacing.done():
+                if bear and engine.replacing.exception():
+                    continue
                 engine.replacing.result()
                 engine.replacing = engine.lost = None
 

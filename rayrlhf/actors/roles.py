@@ -13,6 +13,7 @@ from rayrlhf.actors.group import ActorGroup
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.pacing import TextStream
 from rayrlhf.driver.protocols import ExperienceBatch, Handle, RolloutBatch, ScoredBatch, ScoredPart
+from rayrlhf.driver.together import together
 from rayrlhf.errors import ActorError, ActorLost, TrainingError
 from rayrlhf.types import RolloutInfo, StepReport
 
@@ -56,7 +57,7 @@ async def score_with(groups: Sequence[ActorGroup], batch: RolloutBatch, replace:
                     raise
                 await replace(group.role, lost)
 
-    answers = [answer for ranks in await asyncio.gather(*map(ask, groups)) for answer in ranks]
+    answers = [answer for ranks in await together(*map(ask, groups)) for answer in ranks]
     failed = {sample: reason for failures, _ in answers for sample, reason in failures.items()}
     return ScoredPart(tuple(handle for _, handle in answers), failed)
 
@@ -147,7 +148,7 @@ class LearnerRoles:
         if self._value is not None:
             calls.append(self._learn(self._value, experience, minibatches, None, value_rate))
         metrics = dict(experience.metrics)
-        for learned in await asyncio.gather(*calls):
+        for learned in await together(*calls):
             metrics |= learned
         metrics["policy/learning_rate"] = policy_rate
         # An adaptive KL coefficient has nothing to steer before the policy learns: 0 samples leave it where it is.

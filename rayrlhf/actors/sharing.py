@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from rayrlhf.actors.placement import RolePlacement, shared_bundles
+from rayrlhf.errors import ActorLost, ActorTimeout
 from rayrlhf.models.residence import Part
 
 if TYPE_CHECKING:
@@ -103,8 +104,16 @@ class SharedDevices:
             await asyncio.gather(*(self._occupy(role, changed.pop(role)) for role in moving))
 
     async def _occupy(self, role: str, part: Part) -> None:
+        """A rank that is gone has nothing here, and whoever calls it next finds out; one that hangs has to go."""
         self._there[role] = None
-        await self._groups[role].call("occupy", part)
+        group = self._groups[role]
+        calls = (group.call_rank(rank, "occupy", part) for rank in range(group.ranks))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, ActorTimeout):
+                await group.end(rank)
+            elif isinstance(outcome, BaseException) and not isinstance(outcome, ActorLost):
+                raise outcome
         self._there[role] = part
 
 

@@ -49,7 +49,8 @@ RoleName = Literal["policy", "reference", "reward", "value", "rollout"]
 
 class ClusterConfig(Section):
     address: str | None = None
-    """None starts Ray here; `auto` or `host:port` joins a cluster."""
+    """None starts Ray here, and in a Ray job (`rayrlhf submit`, `ray job submit`) joins the job's cluster; `auto` or
+    `host:port` joins a cluster."""
     device: Literal["cpu", "cuda"] = "cpu"
     start_timeout_s: Positive = 300.0
     """Deadline for placing and starting the actors of a run."""

@@ -38,7 +38,7 @@ from rayrlhf.driver.protocols import (
     Scorers,
     Weights,
 )
-from rayrlhf.errors import ActorError, ActorLost, DataLost, RayRLHFError, Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, RayRLHFError, Stopped, TrainingError, WeightSyncError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
@@ -79,7 +79,8 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
     Raises:
         Stopped: `parts.stop` was set; responses under way are dropped, a step that learns is ended, then all is saved.
         ActorLost, DataLost: what learns, or what it was to learn from, is gone; go on from a checkpoint.
-        ActorError, TrainingError: no more batches can be had; saved, unless it was the learning that failed.
+        ActorError, TrainingError, WeightSyncError: no more batches can be had; saved, unless it was the learning that
+            failed, or the publish.
     """
     clock, metrics = parts.clock, dict[str, float]()
     await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
@@ -124,7 +125,7 @@ async def _next(
         return await _unless(parts.stop, batches)
     except (ActorLost, DataLost):
         raise
-    except (ActorError, TrainingError):
+    except (ActorError, TrainingError, WeightSyncError):
         with suppress(RayRLHFError):
             await _save(parts, *learned, due=True)
         raise

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.data.batching import SampleOrder, epoch_order
 from rayrlhf.driver.protocols import Handle, Quarantined, RolloutBatch, RolloutPool, ScoredBatch, ScoredPart, Scorers
+from rayrlhf.driver.together import together
 from rayrlhf.errors import TrainingError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.types import RolloutInfo, SampleRequest
@@ -103,8 +104,11 @@ class SyncPacing(_Pacing):
 
     async def scored_batches(self, rollout: RolloutPool, scorers: Scorers) -> AsyncGenerator[ScoredBatch]:
         async def score(batch: RolloutBatch) -> ScoredPart:
-            frozen, learning = await asyncio.gather(scorers.frozen(batch), scorers.learning(batch))
-            return replace(frozen, handles=(*frozen.handles, *learning))
+            async def as_they_are_now() -> ScoredPart:
+                return ScoredPart(await scorers.learning(batch))
+
+            frozen, learning_s = await together(scorers.frozen(batch), as_they_are_now())
+            return replace(frozen, handles=(*frozen.handles, *learning_s.handles))
 
         for step in self._steps:
             drawing = self._drawing(score)
@@ -208,17 +212,25 @@ class _Drawing:
             if wrong := sorted(sample for sample, count in came.items() if count):
                 raise TrainingError(f"the engines did not answer once, as asked: (sample, prompt) {wrong}", BUG)
         except BaseException:
-            if self._scoring is not None:
-                self._scoring.cancel()
-                await asyncio.gather(self._scoring, return_exceptions=True)
+            await self._drop()
             raise
         self._drawn = RolloutBatch.joined(parts, self._drawn.seconds + perf_counter() - start)
 
     async def scored(self) -> None:
         """Wait for the scores of all that is sampled; raises as `sample` does."""
-        while self._scoring is not None:
-            await asyncio.wait([self._scoring])
-            self._next()
+        try:
+            while self._scoring is not None:
+                await asyncio.wait([self._scoring])
+                self._next()
+        except BaseException:
+            await self._drop()
+            raise
+
+    async def _drop(self) -> None:
+        """Nobody waits for these scores any more."""
+        if self._scoring is not None:
+            self._scoring.cancel()
+            await asyncio.gather(self._scoring, return_exceptions=True)
 
     def batch(self, version: int) -> ScoredBatch:
         """What there is."""
@@ -256,11 +268,13 @@ async def _get(queue: asyncio.Queue[T], producer: asyncio.Future[None]) -> T:
     """The queue's next, or the error that ended its producer."""
     getting = asyncio.ensure_future(queue.get())
     waiting: list[asyncio.Future[Any]] = [getting, producer]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    if not getting.done():
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if not getting.done():
+            producer.result()
+        return await getting
+    finally:
         getting.cancel()
-        producer.result()
-    return await getting
 
 
 def sample_seed(*parts: int | str) -> int:

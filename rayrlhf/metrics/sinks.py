@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -41,8 +42,11 @@ class JsonLines:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(to_json(record) + "\n")
+            self._file.flush()
+        except OSError as error:  # which does not know its file
+            raise OSError(error.errno, error.strerror, self._file.name) from None
 
     def keep(self, stays: Callable[[Mapping[str, Any]], bool]) -> None:
         """Drop the records that do not stay; the file is whole at any time."""
@@ -55,7 +59,8 @@ class JsonLines:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a record that could not be written: that has been said
+            self._file.close()
 
 
 class WandbSink:

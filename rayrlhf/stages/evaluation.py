@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from rayrlhf.actors.group import fetched
 from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import score_with
 from rayrlhf.config import Config
@@ -178,7 +179,7 @@ class _Evaluation:
         groups, scores = [self.roles.groups[role] for role in roles], Scores()
         for batch in batches:
             for handle in (await score_with(groups, batch, self.roles.replace)).handles:
-                scores.merge(await handle)
+                scores.merge(await fetched(handle, "eval: scores"))
         if scores.failed:
             sample, reason = next(iter(scores.failed.items()))
             raise TrainingError(

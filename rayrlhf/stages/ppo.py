@@ -29,6 +29,7 @@ from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing, TextStream
+from rayrlhf.driver.together import together
 from rayrlhf.engines.schedule import linear_warmup
 from rayrlhf.errors import ActorLost, DataLost, Stopped
 from rayrlhf.metrics.clock import StepClock
@@ -80,9 +81,15 @@ class _Run:
         with StageProgress(self.context.console, "ppo") as progress:
             clock = StepClock(self.workspace / "trace.json", progress.phase)
             loop, before = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
+
+            def heed() -> None:
+                self.stop.set()
+                loop.remove_signal_handler(signal.SIGTERM)
+                signal.signal(signal.SIGTERM, before)  # a second one does not wait
+
             try:
                 with suppress(ValueError, RuntimeError):  # signals reach the main thread alone
-                    loop.add_signal_handler(signal.SIGTERM, self.stop.set)
+                    loop.add_signal_handler(signal.SIGTERM, heed)
                 progress.phase("starting")
                 await self.roles.start(next(iter(arms.values())))
                 if self.context.data.uses_text:
@@ -98,7 +105,8 @@ class _Run:
                     results[name] = await arm.run(reload=number > 0)
                 self.roles.keep_for("eval")
             finally:
-                clock.close()
+                with suppress(OSError):  # the disk may be full
+                    clock.close()
                 await self.roles.stop()
                 if loop.remove_signal_handler(signal.SIGTERM):
                     signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is
@@ -157,8 +165,6 @@ class _Arm:
             await self._until_done(sink, reload)
         finally:
             sink.close()
-        self.progress.phase("saving")
-        await self._saver().save_to(self.folder)
         history = read_jsonl(self.folder / "metrics.jsonl")  # from disk: the driver keeps nothing per step
         return _summary(history) | {"seconds": perf_counter() - start}
 
@@ -166,29 +172,36 @@ class _Arm:
         return PolicySaver(self.roles.groups, self.context, self.config, self.folder, self.name)
 
     async def _until_done(self, sink: _StageSink, reload: bool) -> None:
-        """The loop; once more from the newest checkpoint, or from the start, each time that a learner is lost."""
-        found = await self._saver().resume() if self.context.resume else None
+        """The loop, and the models' files; once more from the newest checkpoint, or from the start, each time that a
+        learner is lost."""
+        found = await self._restore(None, sink) if self.context.resume else None
         if found:
             sink.write_again(found.folder)
         while True:
             try:
                 if reload and not found:
                     self.progress.phase("reloading")
-                    await asyncio.gather(*(self.roles.reload(role, self.config) for role in self._learners()))
-                return await self._loop(sink, found)
+                    await together(*(self.roles.reload(role, self.config) for role in self._learners()))
+                await self._loop(sink, found)
+                self.progress.phase("saving")
+                return await self._saver().save_to(self.folder)
             except (ActorLost, DataLost) as lost:
                 found = await self._restore(lost, sink)
                 reload = True
 
-    async def _restore(self, lost: ActorLost | DataLost, sink: _StageSink) -> Checkpoint | None:
+    async def _restore(self, lost: ActorLost | DataLost | None, sink: _StageSink) -> Checkpoint | None:
         """Bring the learners back to the newest checkpoint, and take back the records after it.
 
         Raises:
             ActorError: it is no learner, or it may not be replaced again.
         """
-        self.progress.phase("recovering")
+        if lost is not None:
+            self.progress.phase("recovering")
+        await self.roles.settled()  # a role may have gone with the same node
         while True:
-            if isinstance(lost, ActorLost):
+            if isinstance(lost, DataLost):
+                await self.roles.data_lost(lost)
+            elif lost is not None:
                 if lost.role not in self._learners():
                     raise lost
                 await self.roles.replace(lost.role, lost)

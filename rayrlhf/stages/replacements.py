@@ -29,13 +29,42 @@ class Replacements:
         self._records = records
         self._console = console
         self._health: dict[str, Health] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
 
     async def replace(self, who: str, cause: ActorError, start: Callable[[], Awaitable[None]]) -> None:
-        """Run `start`, after a pause, until it succeeds.
+        """Run `start`, after a pause, until it succeeds. One that is under way is joined, and goes on when nobody waits
+        for it any more: half a replacement would leave actors that know nothing.
 
         Raises:
             ActorError: `who` (a role, or one engine) has failed too often; the last cause is in the message.
         """
+        if who not in self._running or self._running[who].done():
+            running = self._running[who] = asyncio.ensure_future(self._replace(who, cause, start))
+            running.add_done_callback(lambda task: self._over(who, task))
+        await asyncio.shield(self._running[who])
+
+    async def settled(self) -> None:
+        """Wait for all that are under way.
+
+        Raises:
+            ActorError: as `replace` does.
+        """
+        await asyncio.gather(*(asyncio.shield(task) for task in self._running.values()))
+
+    async def close(self) -> None:
+        """Nobody needs what is being replaced any more."""
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _over(self, who: str, task: asyncio.Task[None]) -> None:
+        if self._running.get(who) is task:
+            del self._running[who]
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; asyncio prints what nobody has looked at
+
+    async def _replace(self, who: str, cause: ActorError, start: Callable[[], Awaitable[None]]) -> None:
         lost = monotonic()
         while True:
             await asyncio.sleep(self.lost(who, cause))
@@ -55,7 +84,7 @@ class Replacements:
             ActorError: it has failed too often.
         """
         health = self._health.setdefault(who, Health(self._budget, monotonic))
-        wait = health.failed()
+        wait = None if health.state == "spent" else health.failed()  # nobody may have waited for the first to hear so
         self._tell(who, cause, wait)
         if wait is None:
             raise self._spent(who, cause, health.failures) from cause

@@ -27,7 +27,7 @@ from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits
 from rayrlhf.engines.learning import UpdateSettings
 from rayrlhf.engines.vllm import EngineSettings
-from rayrlhf.errors import ActorError
+from rayrlhf.errors import ActorError, ActorLost, DataLost
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.replacements import Replacements
@@ -94,18 +94,24 @@ class RoleSet:
             group, settings = self.groups[role], self.settings(role, config or self._config)
             self._settings[role] = settings
             if kept[role]:
-                await group.call("reload", settings, timeout_s=timeout)
-                return
-            await group.spawn(self._actors[role], self._arguments(role), timeout)
+                with suppress(ActorLost):  # between the stages
+                    await group.call("reload", settings, timeout_s=timeout)
+                    return
+                await group.respawn(timeout, self._arguments(role))
+            else:
+                await group.spawn(self._actors[role], self._arguments(role), timeout)
             await self._load(role)
 
         async def start_engines() -> None:
             group, settings = self.groups["rollout"], self._engine_settings()
-            if kept["rollout"]:
-                await group.call("hold_prompts", self._handle, timeout_s=timeout)
-                return
             logs = [(self._context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
-            await group.spawn(RolloutActor, logs, timeout)
+            if kept["rollout"]:
+                with suppress(ActorLost):
+                    await group.call("hold_prompts", self._handle, timeout_s=timeout)
+                    return
+                await group.respawn(timeout, logs)
+            else:
+                await group.spawn(RolloutActor, logs, timeout)
             await group.call("start", self._handle, timeout_s=timeout)
             await group.locate()
 
@@ -141,6 +147,22 @@ class RoleSet:
         await self._replacements.replace(role, cause, start)
         if self._pool is not None and role == "policy":
             self._pool.policy_moved()
+
+    async def settled(self) -> None:
+        """Wait for roles that are being replaced; raises as `replace` does."""
+        await self._replacements.settled()
+
+    async def data_lost(self, cause: DataLost) -> None:
+        """What is made again may be lost again: only so often, as with roles.
+
+        Raises:
+            ActorError: too often.
+        """
+
+        async def nothing_to_start() -> None:
+            pass
+
+        await self._replacements.replace("data of the step", cause, nothing_to_start)
 
     async def _replace_engine(self, rank: int, cause: ActorError) -> None:
         timeout, group = self._config.cluster.start_timeout_s, self.groups["rollout"]
@@ -226,12 +248,14 @@ class RoleSet:
 
         if self._pool is not None:
             await self._pool.close()
+        await self._replacements.close()
 
         async def give_back(role: str) -> None:
             group = self.groups.get(role)
             if group and group.actors:
-                with suppress(ActorError):  # one that is busy or gone is ended all the same
-                    await group.call("close", timeout_s=CLOSE_S)
+                with suppress(ActorError, TimeoutError):  # one that is busy or gone is ended all the same
+                    async with asyncio.timeout(CLOSE_S):  # whatever it was asked before
+                        await group.call("close")
 
         await asyncio.gather(*(give_back(role) for role in HOLD_SHARED_MEMORY))
         for group in self.groups.values():

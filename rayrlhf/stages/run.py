@@ -182,7 +182,7 @@ class _Run:
             raise
         finally:
             summary["evaluation"] = _evaluation(summary["stages"])
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
+            self._write_summary(summary)
             context.close()
             self._report()
         show_summary(self.console, summary, self.folder)
@@ -218,6 +218,14 @@ class _Run:
             shutil.copy2(artifact.folder / name, self.folder / name)
         where = {"model": place} if Path(place).is_dir() else {}
         return {**artifact.result, "cached": cached, "key": key, "parents": parents, **where}
+
+    def _write_summary(self, summary: Mapping[str, Any]) -> None:
+        """On a full disk too: what ended the run must not be hidden by that."""
+        path = self.folder / "summary.json"
+        try:
+            path.write_text(json.dumps(summary, indent=2, default=str), encoding="utf-8")
+        except OSError as problem:
+            self.console.print(f"{path} could not be written: {problem}", markup=False, highlight=False, soft_wrap=True)
 
     def _report(self) -> None:
         """The page of the run, of a stopped one too. It comes last and can be made again: nothing may fail for it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rayrlhf.actors.group import fetched
 from rayrlhf.actors.pool import EnginePool
 from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.types import Rollout, SampleRequest
@@ -41,8 +42,9 @@ async def sample(
 
 
 async def fetch_rollouts(batches: Sequence[RolloutBatch]) -> dict[int, Rollout]:
-    """The rollouts themselves, by sample_id."""
-    chunks: list[list[Rollout]] = [await handle for batch in batches for handle in batch.handles]
+    """The rollouts themselves, by sample_id; raises DataLost when they are gone."""
+    handles = [handle for batch in batches for handle in batch.handles]
+    chunks: list[list[Rollout]] = [await fetched(handle, "responses") for handle in handles]
     return {rollout.info.sample_id: rollout for chunk in chunks for rollout in chunk}
 
 

@@ -14,7 +14,8 @@ from rayrlhf.actors.group import ActorGroup
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
 from rayrlhf.driver.pacing import TextStream
-from rayrlhf.errors import CheckpointError
+from rayrlhf.driver.together import together
+from rayrlhf.errors import ActorError, ActorLost, CheckpointError, DataLost, RayRLHFError
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.ledger import Ledger
 from rayrlhf.stages.resume import inputs_of_arm, store_of_arm
@@ -53,9 +54,28 @@ class PolicySaver:
         """whose account of the samples is"""
 
     async def save(self, step: int, kl_coef: float, metrics: Mapping[str, float], due: bool = False) -> bool:
-        """A checkpoint, every `checkpoint.every` steps or when it is `due`, once for a step; whether it was written."""
+        """A checkpoint, every `checkpoint.every` steps or when it is `due`, once for a step; whether it was written.
+
+        Raises:
+            CheckpointError: it cannot be: the disk is full, for one. What was saved before is still there.
+        """
         if step == self._saved or not (due or (self._every and step % self._every == 0)):
             return False
+        try:
+            await self._write(step, kl_coef, metrics)
+        except (ActorLost, DataLost):
+            raise
+        except (OSError, ActorError, CheckpointError) as error:
+            shutil.rmtree(self._store.partial(step), ignore_errors=True)  # what the run says last needs room too
+            what, hint = (error.message, error.hint) if isinstance(error, RayRLHFError) else (str(error), "make room")
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written to {self._store.root}: {what}",
+                f"{hint}; then go on with --resume: earlier checkpoints are as they were",
+            ) from None
+        self._saved = step
+        return True
+
+    async def _write(self, step: int, kl_coef: float, metrics: Mapping[str, float]) -> None:
         assert self.ledger is not None
         partial = self._store.begin(step)
         await self.save_to(partial)
@@ -72,8 +92,6 @@ class PolicySaver:
         state = {"kl_coef": kl_coef, "text_drawn": text_drawn, "accounted": accounted}
         # Hashing and flushing take a while, and the next step's responses may be on their way.
         await asyncio.to_thread(self._store.finish, step, state, self._inputs, metrics.get("reward/mean"))
-        self._saved = step
-        return True
 
     async def resume(self) -> Checkpoint | None:
         """Let the learners become what the newest whole checkpoint holds, if there is one.
@@ -97,14 +115,12 @@ class PolicySaver:
 
     async def _each(self, method: str, folder: Path) -> list[list[Any]]:
         """What the ranks of each role that learns return."""
-        calls = [self._groups[role].call(method, str(folder / role)) for role in self._models]
-        return await asyncio.gather(*calls)
+        return await together(*(self._groups[role].call(method, str(folder / role)) for role in self._models))
 
     async def save_to(self, folder: Path) -> None:
         """All models that learn at once, each written by its rank 0; then the policy's average, and tokenizers."""
         target = folder.resolve()
-        calls = [self._groups[role].call("save", str(target / name)) for role, name in self._models.items()]
-        await asyncio.gather(*calls)
+        await together(*(self._groups[role].call("save", str(target / name)) for role, name in self._models.items()))
         if self._averages:
             await self._groups["policy"].call("save_average", str(target / "model_ema"))
             self._context.data.tokenizer.save_pretrained(target / "model_ema")

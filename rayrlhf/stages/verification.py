@@ -67,6 +67,7 @@ class VerifiedLearners:
             return await self._learners.update(experience, step)
         assert scored is not None
         start = perf_counter()
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an attempt in which a learner was lost
         self._folder.mkdir(parents=True)
         adam_steps = await self._record("record_before")
         updating = perf_counter()

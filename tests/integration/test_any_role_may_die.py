@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -9,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.faults import recoveries, send_within, started, wait_until
+from tests.faults import kill_in_next_call, recoveries, send_within, started, wait_until
 from tests.integration.conftest import FinishedRun, rayrlhf
 from tests.integration.test_resume import arguments, learned, whole
 
 __all__ = ["whole"]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-# Who is killed, in the middle of which of its calls, and what it is called in the run's records.
-DEATHS = [
-    ("RolloutActor", "generate", "rollout-0"),
-    ("RewardActor", "score", "reward"),
-    ("ReferenceActor", "score", "reference"),
-    ("PolicyActor", "update", "policy"),
-    ("ValueActor", "update", "value"),
-]
+# Who is killed, what it is called in the run's records, and in which calls that may be.
+DEATHS = {
+    "RolloutActor": ("rollout-0", {"generate", "load_bucket", "verify"}),
+    "RewardActor": ("reward", {"score"}),
+    "ReferenceActor": ("reference", {"score"}),
+    "PolicyActor": ("policy", {"score", "estimate", "update", "start_publish", "probe", "save", "save_state"}),
+    "ValueActor": ("value", {"score", "update", "save", "save_state"}),
+}
 
 
 def replaced(folder: Path, who: str) -> bool:
@@ -35,12 +36,14 @@ def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
 ) -> None:
     run, folder, log = arguments(finished, tmp_path, "deaths"), tmp_path / "deaths", tmp_path / "log"
     with started(["ppo", *run], log) as process:
-        for name, method, who in DEATHS:
-            send_within(process.pid, name, method, signal.SIGKILL)
+        for name, (who, _) in DEATHS.items():
+            kill_in_next_call(process.pid, name)
             wait_until(lambda who=who: replaced(folder, who), process)
         assert process.wait(200) == 0, log.read_text()
     lost = {r["who"]: r["cause"] for r in recoveries(folder) if r["event"] == "lost"}
-    assert {who: f"failed in {method}" in lost[who] for _, method, who in DEATHS} == dict.fromkeys(lost, True)
+    assert lost.keys() == {who for who, _ in DEATHS.values()}
+    for who, calls in DEATHS.values():
+        assert re.fullmatch(r"\S+ rank 0 failed in (\w+): the actor died", lost[who])[1] in calls  # type: ignore[index]
     assert [record["step"] for record in learned(folder)] == [1, 2, 3, 4]
     assert learned(folder) == learned(whole)
     audit = rayrlhf("audit", str(folder))
@@ -71,7 +74,7 @@ def test_an_actor_that_may_not_be_replaced_ends_the_run_with_a_checkpoint(
     folder, log = tmp_path / "spent", tmp_path / "log"
     with started(["ppo", *run], log) as process:
         wait_until(lambda: (folder / "metrics.jsonl").exists() and learned(folder), process)
-        send_within(process.pid, "RewardActor", "score", signal.SIGKILL)
+        kill_in_next_call(process.pid, "RewardActor")
         assert process.wait(200) == 1
     said = " ".join(log.read_text().split())
     for words in ("reward was lost once", "reward rank 0 failed in score: the actor died", "reward-0.log", "--resume"):

@@ -52,10 +52,12 @@ def two_nodes(tmp_path: Path) -> Iterator[str]:
 
 
 def start_node(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    # Two nodes of one machine would otherwise take the same ports.
+    ports = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
     sizes = ("--num-cpus=4", "--object-store-memory=200000000", "--node-ip-address=127.0.0.1", "--disable-usage-stats")
     with log.open("wb") as file:
         return subprocess.Popen(
-            [RAY, "start", "--block", *arguments, *sizes], env={**os.environ, **OPEN}, stdout=file, stderr=file
+            [RAY, "start", "--block", *arguments, *sizes, *ports], env={**os.environ, **OPEN}, stdout=file, stderr=file
         )
 
 
@@ -100,7 +102,7 @@ def test_a_cluster_that_is_well_is_measured_from_end_to_end(two_nodes: str, tmp_
 
 def test_a_checkpoint_path_that_takes_no_file_fails_with_the_cure_and_exit_code_1() -> None:
     """A Ray of its own, on this machine. In /proc nobody can make a file, root neither."""
-    done = rayrlhf("doctor", "configs/tiny.yaml", "run.output=/proc/rayrlhf", "--quick", timeout=120)
+    done = rayrlhf("doctor", "configs/tiny.yaml", "run.output=/proc/rayrlhf", "--quick", timeout=120, COLUMNS="160")
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if "│ fail" in line]
     assert len(rows) == 1

@@ -34,7 +34,7 @@ def check_ports(answers: Answers[Mapping[str, str]]) -> Finding:
 
 def check_gloo(answers: Answers[Reduced], nodes: int) -> Finding:
     """Sums of float32 over processes, one a node (two on a single one), through the CPU's network."""
-    cure = "see which interface Ray's address belongs to, and what else uses it; learners on GPUs use NCCL for the rest"
+    cure = "see which interface Ray's address belongs to, and what else keeps it and the nodes busy"
     return _check_all_reduce("gloo", answers, nodes, SLOW_GLOO_GIB_PER_S, cure)
 
 

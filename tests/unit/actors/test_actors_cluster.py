@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rayrlhf.actors import cluster
+from rayrlhf.config import Config
 
 
 def test_joining_ray_leaves_the_processs_own_sigterm_handler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +26,30 @@ def test_joining_ray_leaves_the_processs_own_sigterm_handler(monkeypatch: pytest
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("address", "in_a_job", "expected"),
+    [
+        (None, False, "local"),
+        (None, True, "10.0.0.1:6379"),
+        ("auto", False, "auto"),
+        ("10.0.0.2:6379", True, "10.0.0.2:6379"),
+    ],
+)
+def test_no_address_means_the_jobs_cluster_in_a_job_and_a_ray_of_its_own_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, in_a_job: bool, expected: str
+) -> None:
+    """RAY_ADDRESS alone may name the dashboard of a cluster that jobs are sent to."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **settings: asked.update(settings))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 64.0})
+    monkeypatch.setattr(cluster, "_knock", lambda address: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.delenv(cluster.JOB_VARIABLE, raising=False)
+    if in_a_job:
+        monkeypatch.setenv(cluster.JOB_VARIABLE, "{}")
+    tree = {"model": {"path": "org/name"}, "world": {"name": "instructions"}, "cluster": {"address": address}}
+    cluster.connect(Config.model_validate(tree))
+    assert asked["address"] == expected
+    assert (asked["num_cpus"] is None) == (expected != "local")

@@ -204,6 +204,34 @@ def test_an_engine_that_may_not_be_replaced_any_more_ends_the_batch_with_the_rea
         asyncio.run(asyncio.wait_for(steps(), 10))
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_step_that_other_engines_can_take_is_published_before_one_that_may_not_be_replaced_ends_the_run(fixed: bool):
+    """What was learned can be saved then."""
+    engines = Engines(2, lambda rank, call: rank == 1 and call == 2)
+
+    async def spent(rank: int, cause: ActorError) -> None:
+        while engines.policy_version == 0:
+            await asyncio.sleep(0)
+        raise ActorError(f"rollout-{rank} was lost too often")
+
+    async def steps() -> list[str]:
+        pool = EnginePool(engines, engines, Publisher(engines), PROMPTS, False, replace=spent)  # type: ignore[arg-type]
+        await pool.publish(0)
+        await drawn(pool, requests(12))
+        pool._fixed = fixed
+        engines.policy_version = 1
+        while not pool.whole and not pool._engines[1].replacing.done():  # type: ignore[union-attr]
+            await asyncio.sleep(0)
+        assert not pool.whole
+        published = await pool.publish(1)
+        with pytest.raises(ActorError, match="rollout-1 was lost too often"):
+            await drawn(pool, requests(12, 12))
+        await pool.close()
+        return published.committed
+
+    assert asyncio.run(asyncio.wait_for(steps(), 10)) == ["rollout-0"]
+
+
 @given(
     st.integers(1, 4),
     st.booleans(),

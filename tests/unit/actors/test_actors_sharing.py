@@ -12,6 +12,7 @@ import pytest
 from rayrlhf.actors import sharing
 from rayrlhf.actors.placement import RolePlacement, shared_bundles
 from rayrlhf.actors.sharing import SharedDevices, held_by
+from rayrlhf.errors import ActorError, ActorLost, ActorTimeout
 
 POLICY, ROLLOUT = (RolePlacement(role, 2, 0.5, 0.5, 1) for role in ("policy", "rollout"))
 
@@ -25,10 +26,10 @@ class Table:
         self.policy, self.rollout = self.group("policy"), self.group("rollout")
 
     def group(self, role: str) -> Any:
-        async def call(method: str, part: str) -> None:
+        async def call_rank(rank: int, method: str, part: str) -> None:
             self.log.append(f"{role} {part}")
 
-        group = SimpleNamespace(role=role, devices=self.devices, call=call)
+        group = SimpleNamespace(role=role, ranks=1, devices=self.devices, call_rank=call_rank)
         self.devices.join(group)
         return group
 
@@ -113,21 +114,59 @@ def test_one_that_was_cut_short_while_it_moved_is_told_again(table: Table) -> No
             pass
         moving = asyncio.Event()
 
-        async def hang(method: str, part: str) -> None:
+        async def hang(rank: int, method: str, part: str) -> None:
             moving.set()
             await asyncio.sleep(60)
 
-        call, table.policy.call = table.policy.call, hang
+        call, table.policy.call_rank = table.policy.call_rank, hang
         generating = asyncio.ensure_future(held_by((table.rollout, "all")).__aenter__())
         await moving.wait()
         generating.cancel()
         await asyncio.gather(generating, return_exceptions=True)
-        table.policy.call = call
+        table.policy.call_rank = call
         async with held_by((table.policy, "all")):
             table.log.append("saved")
 
     run(work)
     assert table.log == ["policy all", "policy all", "saved"]
+
+
+@pytest.mark.parametrize("fault", [ActorLost, ActorTimeout])
+def test_a_rank_that_is_gone_holds_nothing_up_and_one_that_hangs_is_ended(table: Table, fault: type[ActorLost]) -> None:
+    """Killed while another role worked: the engine's own next call finds out, not the policy's."""
+    ended: list[int] = []
+
+    async def end(rank: int) -> None:
+        ended.append(rank)
+
+    async def occupy(rank: int, method: str, part: str) -> None:
+        if rank == 1:
+            raise fault("rollout rank 1 failed in occupy")
+        table.log.append(f"rollout {part}")
+
+    async def work() -> None:
+        table.rollout.ranks, table.rollout.call_rank, table.rollout.end = 2, occupy, end
+        async with held_by((table.rollout, "all")):
+            pass
+        async with held_by((table.policy, "all")):
+            pass
+
+    run(work)
+    assert table.log == ["rollout all", "rollout none", "policy all"]
+    assert ended == ([1, 1] if fault is ActorTimeout else [])
+
+
+def test_a_rank_that_cannot_move_for_another_reason_ends_the_call(table: Table) -> None:
+    async def occupy(rank: int, method: str, part: str) -> None:
+        raise ActorError("policy rank 0 failed in occupy: out of memory")
+
+    async def work() -> None:
+        table.policy.call_rank = occupy
+        with pytest.raises(ActorError, match="out of memory"):
+            async with held_by((table.policy, "all")):
+                pass
+
+    run(work)
 
 
 def test_roles_with_devices_of_their_own_need_no_turn() -> None:

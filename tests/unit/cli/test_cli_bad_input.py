@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -945,3 +946,17 @@ def test_every_command_that_learns_can_go_on(rayrlhf_command: Run, command: str)
     done = rayrlhf_command(command, "--help")
     assert done.code == 0
     assert "--resume" in done.out
+
+
+def test_a_disk_that_is_full_anywhere_ends_a_run_with_one_message(
+    rayrlhf_command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*of: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/demo/metrics.jsonl")
+
+    monkeypatch.setattr("rayrlhf.stages.run.run", full)
+    done = rayrlhf_command("run", Path("configs/tiny.yaml").resolve())
+    assert done.code == 1
+    assert "No space left on device: 'runs/demo/metrics.jsonl'" in " ".join(done.err.split())
+    assert "--resume" in done.err
+    assert "Traceback" not in done.err

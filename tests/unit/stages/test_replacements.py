@@ -62,6 +62,70 @@ def test_the_end_names_cause_log_and_key(tmp_path: Path):
     assert not isinstance(caught.value, ActorLost)
 
 
+def make(folder: Path, **settings: Any) -> Replacements:
+    config = RecoveryConfig(backoff_s=0.0, **settings)
+    return Replacements(config, folder / "recoveries.jsonl", Console(file=io.StringIO()))
+
+
+def test_a_replacement_goes_on_when_nobody_waits_for_it_any_more_and_whoever_comes_next_joins_it(tmp_path: Path):
+    """A frozen role is being replaced when a learner is lost: the step is dropped, and the next one needs the role."""
+
+    async def steps() -> None:
+        replacements, starts, ready = make(tmp_path), list[str](), asyncio.Event()
+
+        async def start() -> None:
+            starts.append("reward")
+            await ready.wait()
+
+        first = asyncio.ensure_future(replacements.replace("reward", LOST, start))
+        while not starts:
+            await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        second = asyncio.ensure_future(replacements.replace("reward", LOST, start))
+        settled = asyncio.ensure_future(replacements.settled())
+        await asyncio.sleep(0.01)
+        assert not second.done()
+        assert not settled.done()
+        ready.set()
+        await asyncio.gather(second, settled)
+        assert starts == ["reward"]
+        await replacements.replace("reward", LOST, start)  # lost once more, later
+        assert starts == ["reward", "reward"]
+
+    asyncio.run(asyncio.wait_for(steps(), 5))
+
+
+def test_one_that_failed_too_often_while_nobody_waited_is_refused_in_the_same_words(tmp_path: Path):
+    async def steps() -> None:
+        replacements = make(tmp_path, max_restarts=0)
+
+        async def start() -> None: ...
+
+        for _ in range(2):
+            with pytest.raises(ActorError, match="reward was lost once, and"):
+                await replacements.replace("reward", LOST, start)
+
+    asyncio.run(asyncio.wait_for(steps(), 5))
+
+
+def test_closing_ends_what_is_under_way(tmp_path: Path):
+    async def steps() -> int:
+        replacements, begun = make(tmp_path), asyncio.Event()
+
+        async def start() -> None:
+            begun.set()
+            await asyncio.sleep(60)
+
+        waiting = asyncio.ensure_future(replacements.replace("reward", LOST, start))
+        await begun.wait()
+        await replacements.close()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return len(asyncio.all_tasks()) - 1
+
+    assert asyncio.run(steps()) == 0
+
+
 def test_without_restarts_nothing_is_started(tmp_path: Path):
     with pytest.raises(ActorError, match="reward was lost once"):
         replace(tmp_path, [], max_restarts=0)

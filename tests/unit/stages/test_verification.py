@@ -148,6 +148,15 @@ def test_one_step_is_recorded_around_its_update_and_compared(
     assert not (tmp_path / "verify-step-2").exists()
 
 
+def test_a_step_is_compared_again_after_an_attempt_in_which_a_learner_was_lost(
+    tmp_path: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "verify-step-2" / "policy").mkdir(parents=True)
+    (tmp_path / "verify-step-2" / "policy" / "left").touch()
+    run([Row("values", 1e-6, 1e-4, "absolute", None)], tmp_path, reward, monkeypatch)
+    assert not (tmp_path / "verify-step-2").exists()
+
+
 def test_a_difference_stops_the_run_names_the_first_and_keeps_the_snapshot(
     tmp_path: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

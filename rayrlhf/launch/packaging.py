@@ -1,0 +1,121 @@
+"""What a job is sent: the files of a folder that are not ignored, this package itself, and the config, in one zip."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray._private.thirdparty.pathspec import PathSpec  # git's rules for .gitignore, as Ray itself reads them
+
+from rayrlhf.errors import ConfigError
+
+__all__ = ["IGNORED", "IGNORE_FILES", "LIMIT_MIB", "Package", "collect_package", "write_zip"]
+
+# Every node fetches the package from the head's memory and unpacks it; data and models belong on shared storage.
+LIMIT_MIB = 100
+MIB = 2**20
+IGNORE_FILES = (".gitignore", ".rayignore")
+IGNORED = (
+    # what other tools leave
+    *(".git", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", "*.egg-info/"),
+    *(".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".import_linter_cache/", ".hypothesis/", ".ipynb_checkpoints/"),
+    # what runs leave
+    *("runs/", "wandb/"),
+    # where secrets lie
+    *(".env", ".env.*", ".netrc", ".ssh/", ".aws/", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    files: Mapping[str, Path]
+    """Name in the package -> the file here."""
+    config: str
+    """The config's name in the package."""
+
+    sizes: Mapping[str, int]
+    """Bytes, by name."""
+
+    @property
+    def mib(self) -> float:
+        return sum(self.sizes.values()) / MIB
+
+
+def collect_package(folder: Path, config: Path, limit_mib: float = LIMIT_MIB) -> Package:
+    """All that the job is sent of `folder`, with `rayrlhf` as it runs here and the config, wherever that lies.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds more than `limit_mib`; the largest folders are named.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"--working-dir {folder}: no such folder")
+    folder, config = folder.resolve(), config.resolve()
+    own = Path(__file__).parents[1]
+    # The code that has checked the config is the code that runs it, whatever the nodes have installed.
+    files = {name: path for name, path in _files(folder, "").items() if not name.startswith("rayrlhf/")}
+    name = config.relative_to(folder).as_posix() if config.is_relative_to(folder) else f".rayrlhf/{config.name}"
+    files |= _files(own, "rayrlhf/") | {name: config}
+    package = Package(files, name, {name: path.stat().st_size for name, path in files.items()})
+    if package.mib > limit_mib:
+        raise ConfigError(
+            f"{folder}: {package.mib:.0f} MiB would be sent to every node, {limit_mib:g} at most: {_largest(package)}",
+            "list in .rayignore (as in a .gitignore) what the job does not need; put data and models on storage that "
+            "every node sees and name them in the config; or give --working-dir a smaller folder",
+        )
+    return package
+
+
+def write_zip(package: Package, target: Path) -> None:
+    """The same files give the same bytes, which a cluster that has them is not sent again."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in sorted(package.files.items()):
+            entry = zipfile.ZipInfo(name)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (path.stat().st_mode & 0o777) << 16
+            archive.writestr(entry, path.read_bytes())
+
+
+def _files(folder: Path, prefix: str) -> dict[str, Path]:
+    try:
+        return {prefix + path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: cannot be read ({error.strerror})",
+            "list it in .rayignore, or give --working-dir the folder of the job alone",
+        ) from None
+
+
+def _walk(folder: Path, rules: tuple[tuple[Path, PathSpec], ...] = ()) -> Iterator[Path]:
+    """Files that no rule ignores; a folder's rules hold below it. Links to folders are not followed."""
+    rules = (*(rules or ((folder, _spec(IGNORED)),)), *_rules_of(folder))
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        path, suffix = Path(entry.path), "/" if entry.is_dir() else ""
+        if any(spec.match_file(path.relative_to(start).as_posix() + suffix) for start, spec in rules):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(path, rules)
+        elif entry.is_file():
+            yield path
+
+
+def _rules_of(folder: Path) -> Iterator[tuple[Path, PathSpec]]:
+    for name in IGNORE_FILES:
+        if (folder / name).is_file():
+            yield folder, _spec((folder / name).read_text(encoding="utf-8").splitlines())
+
+
+def _spec(lines: Iterable[str]) -> PathSpec:
+    return PathSpec.from_lines("gitwildmatch", lines)
+
+
+def _largest(package: Package) -> str:
+    """The five heaviest among the folders, two levels deep, and files at the top."""
+    sizes: Counter[str] = Counter()
+    for name, size in package.sizes.items():
+        parts = name.split("/")
+        sizes["/".join(parts[:-1][:2]) + "/" if len(parts) > 1 else name] += size
+    return ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in sizes.most_common(5))

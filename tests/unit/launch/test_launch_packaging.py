@@ -1,0 +1,100 @@
+"""What a job is sent, and what not."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import rayrlhf
+from rayrlhf.errors import ConfigError
+from rayrlhf.launch.packaging import collect_package, write_zip
+
+
+def write(folder: Path, *names: str, size: int = 1) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x" * size)
+
+
+def names(folder: Path, config: str = "mine.yaml") -> set[str]:
+    files = collect_package(folder, folder / config).files
+    return {name for name in files if not name.startswith("rayrlhf/")}
+
+
+def test_what_tools_and_runs_leave_and_where_secrets_lie_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "code/world.py", "data/prompts.jsonl")
+    write(tmp_path, ".git/config", ".venv/bin/python", "code/__pycache__/world.pyc", "runs/mine/metrics.jsonl")
+    write(tmp_path, ".env", "code/.env.local", "code/server.pem", ".netrc", ".ssh/config", "id_ed25519")
+    assert names(tmp_path) == {"mine.yaml", "code/world.py", "data/prompts.jsonl"}
+
+
+def test_a_worktrees_git_file_is_left_out_too(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", ".git")
+    assert names(tmp_path) == {"mine.yaml"}
+
+
+def test_ignore_files_hold_for_their_folder_and_below(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "a/big.bin", "a/kept.txt", "b/big.bin", "b/c/notes.txt", "notes.txt", "c/kept.bin")
+    (tmp_path / ".gitignore").write_text("# models\na/*.bin\n/notes.txt\n")
+    (tmp_path / "b" / ".rayignore").write_text("*.bin\nc/\n")
+    ignore = {".gitignore", "b/.rayignore"}
+    assert names(tmp_path) - ignore == {"mine.yaml", "a/kept.txt", "c/kept.bin"}
+
+
+def test_links_to_folders_are_not_followed_and_broken_ones_do_no_harm(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "data.bin")
+    write(tmp_path / "mine", "mine.yaml")
+    (tmp_path / "mine" / "data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / "gone").symlink_to(tmp_path / "nowhere")
+    assert names(tmp_path / "mine") == {"mine.yaml"}
+
+
+def test_a_config_that_is_ignored_or_lies_elsewhere_is_sent_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path, "mine/runs/mine.yaml", "other/other.yaml")
+    inside = collect_package(tmp_path / "mine", tmp_path / "mine" / "runs" / "mine.yaml")
+    assert inside.config == "runs/mine.yaml"
+    assert inside.config in inside.files
+    outside = collect_package(tmp_path / "mine", tmp_path / "other" / "other.yaml")
+    assert outside.config == ".rayrlhf/other.yaml"
+    assert outside.files[outside.config] == tmp_path / "other" / "other.yaml"
+
+
+def test_the_package_that_checked_the_config_is_the_one_that_is_sent(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "rayrlhf/__init__.py", "rayrlhf/old.py")
+    files = collect_package(tmp_path, tmp_path / "mine.yaml").files
+    own = Path(rayrlhf.__file__).parent
+    assert files["rayrlhf/__init__.py"] == own / "__init__.py"
+    assert files["rayrlhf/launch/supported.toml"] == own / "launch" / "supported.toml"
+    assert "rayrlhf/old.py" not in files
+
+
+def test_a_package_that_is_too_large_names_the_folders_that_are(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml")
+    write(tmp_path, "data/text/a.bin", "data/text/deep/b.bin", size=2 * 2**20)
+    write(tmp_path, "notes.bin", size=2**20)
+    with pytest.raises(ConfigError) as error:
+        collect_package(tmp_path, tmp_path / "mine.yaml", limit_mib=3)
+    assert "MiB would be sent to every node, 3 at most: data/text/ 4.0 MiB, " in error.value.message
+    assert "notes.bin 1.0 MiB" in error.value.message
+    assert ".rayignore" in error.value.hint
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--working-dir .*nowhere: no such folder"):
+        collect_package(tmp_path / "nowhere", tmp_path / "mine.yaml")
+
+
+def test_the_same_files_give_the_same_archive_whenever_they_were_written(tmp_path: Path) -> None:
+    archives = []
+    for copy in ("one", "two"):
+        write(tmp_path / copy, "mine.yaml", "code/world.py")
+        (tmp_path / copy / "run.sh").write_text("true")
+        (tmp_path / copy / "run.sh").chmod(0o755)
+        archives.append(tmp_path / f"{copy}.zip")
+        write_zip(collect_package(tmp_path / copy, tmp_path / copy / "mine.yaml"), archives[-1])
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    with zipfile.ZipFile(archives[0]) as archive:
+        assert archive.read("mine.yaml") == b"x"  # at the top: it is the job's folder
+        assert archive.getinfo("run.sh").external_attr >> 16 == 0o755
