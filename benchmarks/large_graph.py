@@ -35,7 +35,7 @@ from rich.console import Console
 
 from rayrlhf.actors.base import Actor
 from rayrlhf.actors.group import ActorGroup
-from rayrlhf.actors.placement import RolePlacement, check_resources, plan_ppo
+from rayrlhf.actors.placement import RolePlacement, check_resources, largest_first, plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
 from rayrlhf.algorithms.kl import FixedKL
 from rayrlhf.config import Config, load_config
@@ -43,7 +43,7 @@ from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.engines import distributed
 from rayrlhf.engines.distributed import Rendezvous
-from rayrlhf.errors import ActorLost
+from rayrlhf.errors import ActorLost, ResourceError
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.stages import roles as stage_roles
 from rayrlhf.stages.roles import RoleSet
@@ -123,7 +123,8 @@ def main(
 ) -> None:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "0"}
     whole, config = load_config(CONFIG), load_config(CONFIG, _scaled(share))
-    full = [_row(p, packed) for p, packed in zip(plan_ppo(whole), pack(plan_ppo(whole), 64), strict=True)]
+    planned = largest_first(plan_ppo(whole))
+    full = [_row(p, packed) for p, packed in zip(planned, pack(planned, 64), strict=True)]
     before, start = psutil.virtual_memory().available, time.perf_counter()
     for module in (control, distributed, transports):  # by name, their imports would bring torch into every actor
         ray.cloudpickle.register_pickle_by_value(module)
@@ -135,7 +136,7 @@ def main(
             facts["reserved"] = asyncio.run(_reserve(whole))
         facts["create_ms"] = asyncio.run(_create())
         facts["started"] = asyncio.run(_Graph(cluster, config, lose.split(",")).run())
-        facts["gib"] = (before - psutil.virtual_memory().available) / 2**30
+        facts["gib"] = (before - facts["started"].pop("available")) / 2**30
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -161,26 +162,36 @@ def _scaled(share: int) -> list[str]:
 
 
 def pack(placements: Sequence[RolePlacement], nodes: int, cpus: float = CPUS) -> list[list[int]]:
-    """What PACK comes to: role after role, every node filled before the next is begun; GPUs of the role by node.
+    """Ray's PACK (bundle_scheduling_policy.cc, scorer.cc), group after group: the GPUs of each by node.
 
-    Ray takes the fullest node that a bundle fits on, then puts all on it that it holds.
+    It takes the node of which a bundle leaves most, puts there what it holds, and goes on with the next best one.
+
+    Raises:
+        ResourceError: a group finds no room.
     """
-    free = [[float(GPUS), float(cpus)] for _ in range(nodes)]
-    held = []
-    for placement in placements:
-        here, left = Counter[int](), placement.ranks
-        while left:
-            fits = [n for n, (g, c) in enumerate(free) if g >= placement.gpus and c >= placement.cpus]
-            node = min(fits, key=lambda n: (free[n][0], n))
-            here[node] += 1
-            while (left := left - 1) >= 0:
-                free[node][0] -= placement.gpus
-                free[node][1] -= placement.cpus
-                if not left or free[node][0] < placement.gpus or free[node][1] < placement.cpus:
-                    break
-                here[node] += 1
-        held.append([round(ranks * placement.gpus) for ranks in here.values()])
-    return held
+    free = [(float(GPUS), float(cpus))] * nodes
+    return [_packed(placement, free) for placement in placements]
+
+
+def _packed(placement: RolePlacement, free: list[tuple[float, float]]) -> list[int]:
+    needs = placement.gpus, placement.cpus
+
+    def left(node: int) -> float:
+        return sum((has - need) / has for has, need in zip(free[node], needs, strict=True))
+
+    def fits(node: int) -> bool:
+        return all(has >= need for has, need in zip(free[node], needs, strict=True))
+
+    held: Counter[int] = Counter()
+    while held.total() < placement.ranks:
+        candidates = [node for node in range(len(free)) if node not in held and fits(node)]
+        if not candidates:
+            raise ResourceError(f"{placement.role}: {held.total()} of {placement.ranks} find room")
+        best = max(candidates, key=left)
+        while held.total() < placement.ranks and fits(best):
+            held[best] += 1
+            free[best] = free[best][0] - needs[0], free[best][1] - needs[1]
+    return [round(ranks * placement.gpus) for ranks in held.values()]
 
 
 def _row(placement: RolePlacement, by_node: Sequence[int]) -> dict[str, Any]:
@@ -194,8 +205,12 @@ def _row(placement: RolePlacement, by_node: Sequence[int]) -> dict[str, Any]:
 
 
 def _cluster(nodes: int) -> Cluster:
-    # A node that is gone is to be missed within seconds.
-    system = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+    system = {
+        # A node that is gone is to be missed within seconds; many processes on few cores are slow to say that they run.
+        "health_check_period_ms": 1000,
+        "health_check_failure_threshold": 5,
+        "worker_register_timeout_seconds": 300,
+    }
     head = {"num_cpus": 4, "include_dashboard": False, "_system_config": system}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for _ in range(nodes):
@@ -219,7 +234,7 @@ async def _create(count: int = 384) -> float:
 
 async def _reserve(config: Config) -> dict[str, Any]:
     """Every bundle of the whole graph."""
-    start, planned = time.perf_counter(), plan_ppo(config)
+    start, planned = time.perf_counter(), largest_first(plan_ppo(config))
     groups = [ActorGroup(placement, START_S) for placement in planned]
     try:
         for group in groups:
@@ -262,6 +277,7 @@ class _Graph:
                     await self._tell(roles, buckets, parameters)
                     step, calls = await self._steps(roles, Path(folder), step)
                     facts["calls"][f"{buckets} x {parameters}"] = calls
+                facts["available"] = psutil.virtual_memory().available
                 gone = self._remove(seats)
                 facts |= await self._go_on(roles, Path(folder), step)
                 after = await self._seats(roles)

@@ -1,13 +1,14 @@
 """The actor graph of configs/instructgpt/175b.yaml: 176 actors, 400 GPUs of 64 nodes x 8. What is real, and what not:
 
 - The whole graph on 64 nodes is played through on paper, by Ray's PACK as benchmarks/large_graph.py has it.
-- An eighth of it, of the same shape, runs on a real Ray of eight nodes that declare eight GPUs each: 22 processes,
+- An eighth of it, of the same shape, runs on a real Ray of nine nodes that declare eight GPUs each: 22 processes,
   placed by the product, and the same rule holds. They are stand-ins without torch; nothing is loaded or computed.
 - All bundles of the whole graph on 64 real nodes of Ray: `python benchmarks/large_graph.py`, by hand.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from rayrlhf.actors.placement import largest_first, plan_ppo
+from rayrlhf.config import load_config
+from rayrlhf.errors import ResourceError
 from rayrlhf.weights.buckets import bucket_plan
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
@@ -26,7 +30,7 @@ WIDTH, LAYERS = 12288, 96
 
 @pytest.fixture(scope="module")
 def graph() -> dict[str, Any]:
-    command = [sys.executable, ROOT / "benchmarks" / "large_graph.py", "--nodes=8", "--share=8", "--json"]
+    command = [sys.executable, ROOT / "benchmarks" / "large_graph.py", "--nodes=9", "--share=8", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=190, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -56,6 +60,16 @@ def test_on_a_real_ray_every_role_of_an_eighth_lands_where_the_plan_says(graph: 
         "value": [1],
         "rollout": [8] * 4,
     }
+
+
+def test_engines_that_need_a_whole_node_find_one_only_if_they_are_placed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth on seven nodes, 50 of 56 GPUs: reward and value would begin a node each of which an engine needs."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("large_graph")
+    planned = plan_ppo(load_config(script.CONFIG, script._scaled(8)))
+    with pytest.raises(ResourceError, match="rollout: 3 of 4 find room"):
+        script.pack(planned, 7)
+    assert sorted(map(sum, script.pack(largest_first(planned), 7))) == [1, 1, 8, 8, 32]
 
 
 def test_all_ranks_load_at_once(graph: dict[str, Any]) -> None:
