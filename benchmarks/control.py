@@ -86,7 +86,9 @@ class Engine(StandIn):
 class Model(StandIn):
     """Policy, value, reference or reward."""
 
-    def start_publish(self, version: int, elsewhere: bool) -> SentBucket:
+    buckets = BUCKETS
+
+    def start_publish(self, version: int, elsewhere: bool, again: bool = False) -> SentBucket:
         self.version, self.index = version, 0
         return self.next_bucket()
 
@@ -94,7 +96,7 @@ class Model(StandIn):
         header, fingerprint = {"version": self.version, "index": self.index}, f"{self.version}-{self.index}"
         self.index += 1
         ticket = {"header": header, "fingerprint": fingerprint}
-        return SentBucket(ticket, fingerprint, 2**20, self.index == BUCKETS, 1e-3)
+        return SentBucket(ticket, fingerprint, 2**20, self.index == self.buckets, 1e-3)
 
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         return [0.0] * 2

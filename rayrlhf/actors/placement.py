@@ -16,6 +16,7 @@ __all__ = [
     "TRAINING",
     "RolePlacement",
     "check_resources",
+    "largest_first",
     "plan_ppo",
     "plan_training",
     "plans",
@@ -98,6 +99,15 @@ def plan_ppo(
         )
     )
     return [placement for placement in roles if placement.role in names]
+
+
+def largest_first(placements: Sequence[RolePlacement]) -> list[RolePlacement]:
+    """The order to reserve them in.
+
+    Ray begins a group on the emptiest node, also for one rank of one GPU: an engine that needs a whole node would find
+    each of them begun, however much of the cluster is free.
+    """
+    return sorted(placements, key=lambda placement: -placement.gpus)
 
 
 def shared_bundles(placements: Sequence[RolePlacement]) -> list[dict[str, float]]:

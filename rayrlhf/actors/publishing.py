@@ -85,19 +85,26 @@ class PolicySide:
         return _joined(await self.group.call("next_bucket"))
 
     async def _connect(self) -> bool:
-        """Let sender and engines meet, where they must; whether an engine needs its buckets through Ray."""
+        """Let sender and engines meet, where they must; whether an engine needs its buckets through Ray.
+
+        An engine that is lost is left out: the publish will find it so, and they meet again once it is replaced.
+        """
+        nodes = (self._engines.call_rank(rank, "node") for rank in range(self._engines.ranks))
+        home, *found = await asyncio.gather(self.group.call_rank(0, "node"), *nodes, return_exceptions=True)
+        if isinstance(home, BaseException):
+            raise home
+        there = [rank for rank, node in enumerate(found) if isinstance(node, str)]
         if not self._transport.meets:
-            nodes = (self._engines.call_rank(rank, "node") for rank in range(self._engines.ranks))
-            home, *away = await asyncio.gather(self.group.call_rank(0, "node"), *nodes, return_exceptions=True)
-            if isinstance(home, BaseException):
-                raise home
-            return any(node != home for node in away if isinstance(node, str))  # one that is lost gets no bucket
+            return any(found[rank] != home for rank in there)
         address, port = await self.group.call_rank(0, "free_address")
-        world = 1 + self._engines.ranks * self._workers
-        ranks = [1 + engine * self._workers for engine in range(self._engines.ranks)]
+        world = 1 + len(there) * self._workers
+        firsts = range(1, world, self._workers)
         await asyncio.gather(
             self.group.call_rank(0, "meet", Meeting(address, port, world, 0)),
-            self._engines.call("meet", each=[(Meeting(address, port, world, rank),) for rank in ranks]),
+            *(
+                self._engines.call_rank(engine, "meet", Meeting(address, port, world, first))
+                for engine, first in zip(there, firsts, strict=True)
+            ),
         )
         return False
 

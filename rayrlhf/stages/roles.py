@@ -14,7 +14,7 @@ import ray
 
 from rayrlhf.actors.group import CLOSE_S, ActorGroup
 from rayrlhf.actors.models import Judge, ModelSettings, PolicyActor, ReferenceActor, RewardActor, ValueActor
-from rayrlhf.actors.placement import SAMPLING, RolePlacement, plan_ppo
+from rayrlhf.actors.placement import SAMPLING, RolePlacement, largest_first, plan_ppo
 from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import memory_per_role
 from rayrlhf.actors.rollout import RolloutActor
@@ -85,7 +85,7 @@ class RoleSet:
         timeout = self._config.cluster.start_timeout_s
         kept = {p.role: self._context.kept.take(p.role, self._fit(p)) for p in self._planned}
         devices = self._shared_devices()
-        for placement in self._planned:
+        for placement in largest_first(self._planned):
             role, limit = placement.role, self._config.cluster.call_timeout_s
             self.groups[role] = kept[role] or ActorGroup(placement, limit, devices.get(role))
         self._handle = ray.put(list(self._prompts))

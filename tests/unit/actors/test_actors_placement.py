@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rayrlhf.actors.placement import RolePlacement, check_resources, plan_ppo, plan_training, required
+from rayrlhf.actors.placement import RolePlacement, check_resources, largest_first, plan_ppo, plan_training, required
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
@@ -124,6 +124,11 @@ def test_an_engines_shards_are_one_bundle_since_they_share_a_node():
 def test_a_bundle_on_gpus_asks_for_the_share_that_the_role_was_given():
     reward = next(p for p in plan_ppo(config(device="cuda", reward={"gpus": 0.25, "ranks": 2})) if p.role == "reward")
     assert reward.bundles() == [{"CPU": 0.4, "GPU": 0.25}] * 2
+
+
+def test_roles_are_reserved_from_the_largest_bundle_down_and_else_in_their_own_order():
+    planned = plan_ppo(config(**GPUS, reference={"gpus": 0.5}))
+    assert [p.role for p in largest_first(planned)] == ["rollout", "policy", "reward", "value", "reference"]
 
 
 def test_supervised_workers_have_a_gpu_each():
