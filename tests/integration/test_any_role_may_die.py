@@ -36,6 +36,7 @@ def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
 ) -> None:
     run, folder, log = arguments(finished, tmp_path, "deaths"), tmp_path / "deaths", tmp_path / "log"
     with started(["ppo", *run], log) as process:
+        wait_until((folder / "ledger.jsonl").exists, process)  # its actors have started
         for name, (who, _) in DEATHS.items():
             kill_in_next_call(process.pid, name)
             wait_until(lambda who=who: replaced(folder, who), process)
