@@ -72,14 +72,18 @@ def _show_stack(where: Whereabouts) -> str:
 
 
 def innermost_frames(written: str, count: int = 4) -> str:
-    """Of the main thread, which does an actor's work: it is written last, and each thread's newest call first."""
-    frames: list[str] = []
+    """Of the thread that does our work, else of the main thread; a thread's newest call is written first.
+
+    An actor works in its main thread, which is written last, a worker of Ray Train in another one.
+    """
+    threads: list[list[str]] = [[]]
     for line in map(str.strip, written.splitlines()):
         if line.startswith(("Thread 0x", "Current thread 0x")):
-            frames = []
+            threads.append([])
         elif line.startswith("File "):
-            frames.append(line)
-    return "; ".join(frames[:count])
+            threads[-1].append(line)
+    ours = [frames for frames in threads if any("/rayrlhf/" in frame for frame in frames)]
+    return "; ".join((ours or threads)[-1][:count])
 
 
 def _end(where: Whereabouts) -> None:

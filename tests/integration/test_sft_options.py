@@ -25,7 +25,7 @@ from tests.faults import recoveries, started, wait_until, writer_of
 from tests.integration.conftest import FinishedRun, rayrlhf
 from tests.ranks import run_ranks
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 PATIENCE_S = 150.0
 

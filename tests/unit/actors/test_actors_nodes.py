@@ -46,6 +46,15 @@ def test_the_main_thread_is_shown_newest_call_first_whichever_thread_got_the_sig
     )
 
 
+def test_where_another_thread_does_our_work_it_is_that_one():
+    """Ray Train runs the work beside the main thread."""
+    loop = 'Thread 0x00007f0004 (most recent call first):\n  File "ray/worker.py", line 1069 in main_loop\n'
+    work = 'Thread 0x00007f0005 (most recent call first):\n  File "torch/nn.py", line 1 in f\n'
+    work += '  File "/site-packages/rayrlhf/supervised/loop.py", line 9 in train\n'
+    assert innermost_frames(work + loop, 1) == 'File "torch/nn.py", line 1 in f'
+    assert innermost_frames(loop, 1) == 'File "ray/worker.py", line 1069 in main_loop'
+
+
 def test_a_log_without_a_stack_shows_none():
     assert innermost_frames("(MainProcess pid=7) INFO nothing") == ""
 
