@@ -99,8 +99,8 @@ def run(
     verify_step: VerifyStep = None,
     resume: Resume = False,
 ) -> None:
-    """All stages in a row: pretrain, sft, reward, ppo; dpo too if run.stages names it. None is run twice for the same
-    inputs."""
+    """All stages in a row: pretrain, sft, collect, reward, ppo, and what else run.stages names (dpo, eval). None is run
+    twice for the same inputs."""
     _run(load_config(config, overrides or ()), dry_run, verify_step, resume)
 
 
@@ -275,7 +275,7 @@ def logs(job: Job, address: Address, follow: Follow = False) -> None:
 
 @app.command()
 def stop(job: Job, address: Address) -> None:
-    """End a submitted job, with a checkpoint if it is in PPO, and wait until it has."""
+    """End a submitted job, with a checkpoint where something learns, and wait until it has."""
     from rayrlhf.launch.submit import stop as stop_job
 
     with _leaving(job, address):
