@@ -162,8 +162,10 @@ def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions)
     return RankMemory(parts, {}, {"prefill": prefill}, framework, {}, 0.0)
 
 
-def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int) -> float:
-    return float(shape.kv_entries * dtype_bytes)
+def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int, shards: float = 1.0) -> float:
+    """Of all `shards` of an engine together: more shards than heads of keys hold copies of them."""
+    copies = max(1.0, shards / shape.kv_heads)
+    return shape.kv_entries * dtype_bytes * copies
 
 
 def _passes(role: Role, work: Workload, learns: bool) -> dict[str, float]:

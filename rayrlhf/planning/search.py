@@ -15,12 +15,12 @@ from rayrlhf.errors import ConfigError
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.decoding import Generation, generate_seconds
 from rayrlhf.planning.hardware import Hardware
-from rayrlhf.planning.memory import RankMemory, rank_memory, set_peak
+from rayrlhf.planning.memory import RankMemory, kv_bytes_per_token, rank_memory, set_peak
 from rayrlhf.planning.plan import Plan, make_plan
 from rayrlhf.planning.time import RoleClock
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["overrides_of", "search", "smallest"]
+__all__ = ["SETS", "overrides_of", "search", "smallest"]
 
 RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SHARDS = (1, 2, 4, 8)
@@ -231,7 +231,7 @@ class _Engines:
         if key not in self._known:
             cache = memory.weights["key/value cache"] * role.devices
             made = generate_seconds(role, work, self._hardware, self._assume, cache)
-            needed = work.longest * role.shape.kv_entries * work.dtype_bytes
+            needed = work.longest * kv_bytes_per_token(role.shape, work.dtype_bytes, role.devices)
             self._known[key] = made if cache >= needed else replace(made, places=0)
         return self._known[key]
 
