@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.cluster import RoleName
 from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.cluster import RoleName
 from rayrlhf.config.load import read_yaml, validated
 from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape
