@@ -110,7 +110,7 @@ def _walk(folder: Path, rules: tuple[tuple[Path, PathSpec], ...] = ()) -> Iterat
 def _is_secret(target: Path, folder: Path) -> bool:
     """Whether what a link leads to is left out by its own name, wherever it lies: a link to a .env is one."""
     name = target.relative_to(folder) if target.is_relative_to(folder) else target
-    return _spec(SECRET).match_file(name.as_posix().lstrip("/"))
+    return bool(_spec(SECRET).match_file(name.as_posix().lstrip("/")))
 
 
 def _rules_of(folder: Path) -> Iterator[tuple[Path, PathSpec]]:

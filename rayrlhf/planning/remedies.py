@@ -11,7 +11,7 @@ from rayrlhf.errors import ConfigError, ResourceError
 from rayrlhf.planning.plan import Plan
 from rayrlhf.planning.search import SETS
 
-__all__ = ["Remedy", "check_fits", "remedies"]
+__all__ = ["TRAINING", "Remedy", "check_fits", "remedies"]
 
 SHOWN = 3
 TRAINING = ("pretrain", "sft", "reward", "dpo")
