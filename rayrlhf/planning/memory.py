@@ -154,8 +154,8 @@ def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions)
     prefill = _forward_bytes(role.shape, max(PREFILL_TOKENS, work.longest), size) / shards
     framework = assume["engine_framework_gib"] * GIB
     if work.gpu:
-        share = work.gpu_memory_utilization * min(1.0, role.devices)
-        cache = max(0.0, share * hardware.memory_bytes - weights - prefill - framework)
+        # Of the whole GPU, also where Ray has promised it a part of one.
+        cache = max(0.0, work.gpu_memory_utilization * hardware.memory_bytes - weights - prefill - framework)
     else:
         cache = work.kv_cache_gib * GIB
     parts = {"weights": weights, "key/value cache": cache}

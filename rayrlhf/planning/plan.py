@@ -25,7 +25,7 @@ class Shortfall:
 
     roles: tuple[str, ...]
     over: float
-    """bytes (of memory) or devices (where there are too few) over what there is"""
+    """bytes (of memory), devices (where there are too few), tokens or heads over what there is"""
     message: str
 
 
@@ -100,10 +100,22 @@ def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: in
         memory["train"] = rank_memory(work.train, work, hardware, assume)
     needed = max(1, math.ceil(max(work.devices(), _trained_on(work)) / hardware.per_node - 1e-9)) if work.gpu else 1
     found = nodes or needed
-    shortfalls = [*_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
+    shortfalls = [*_too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
     time = step_time(work, hardware, assume, memory)
     warnings = tuple(_warnings(work, hardware, memory, time))
     return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
+
+
+def _too_long(work: Workload) -> list[Shortfall]:
+    shape = work.roles["policy"].shape
+    over = work.longest - (shape.context or work.longest)
+    if over <= 0:
+        return []
+    more = "one" if over == 1 else str(over)
+    message = (
+        f"policy: {work.longest} tokens of prompt and response, {more} more than the {shape.context} of {shape.name}"
+    )
+    return [Shortfall(("policy",), over, message)]
 
 
 def _devices_missing(work: Workload, hardware: Hardware, nodes: int) -> list[Shortfall]:
@@ -131,7 +143,7 @@ def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mappi
         role = work.train if roles == ("train",) and work.train else work.roles[roles[0]]
         room = usable * min(1.0, role.devices)
         if roles == ("rollout",):
-            room = hardware.memory_bytes * work.gpu_memory_utilization * min(1.0, role.devices)
+            room = hardware.memory_bytes * min(work.gpu_memory_utilization, role.devices)
         over = set_peak({name: memory[name] for name in roles}) - room
         if over > 1:
             found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware)))

@@ -131,14 +131,14 @@ def test_too_few_gpus_are_met_with_fewer_ranks_and_shared_devices() -> None:
 
 def test_a_cache_too_small_for_one_sequence_is_made_larger() -> None:
     tree = {
-        "model": {"path": "facebook/opt-1.3b"},
-        "data": {"prompts": ["p"], "max_prompt_tokens": 4096},
+        "model": {"path": "meta-llama/Llama-2-7b-hf"},  # 1 MiB a token in float32
+        "data": {"prompts": ["p"], "max_prompt_tokens": 2048},
         "run": {"stages": ["ppo"]},
-        "rollout": {"max_tokens": 4096, "kv_cache_gib": 1},
+        "rollout": {"max_tokens": 2048, "kv_cache_gib": 1},
     }
     config = config_from(tree, [], {})
     large = hardware_named("cpu")
-    roomy = large.model_copy(update={"device": large.device.model_copy(update={"host_gib": 512})})
+    roomy = large.model_copy(update={"device": large.device.model_copy(update={"host_gib": 1024})})
 
     def planned(other: object) -> Plan:
         asked = asked_of(other)  # type: ignore[arg-type]
@@ -147,3 +147,25 @@ def test_a_cache_too_small_for_one_sequence_is_made_larger() -> None:
     with pytest.raises(ResourceError, match="the key/value cache lacks") as error:
         check_fits(config, planned(config), planned)
     assert "rollout.kv_cache_gib=4" in error.value.hint
+
+
+def test_an_engine_takes_its_share_of_a_whole_gpu_however_small_its_own_part(workload: Make) -> None:
+    """vLLM knows nothing of Ray's fractions: 0.9 of a GPU of which it was promised a half."""
+    shape = shape_named("meta-llama/Meta-Llama-3-8B", "m")
+    half = {"rollout": Role("rollout", shape, 2, 0.5)}
+    plan = make_plan(workload(half, gpu_memory_utilization=0.5), H100, GPU)
+    assert plan.fits
+    assert plan.memory["rollout"].peak == pytest.approx(0.5 * 79.1 * GIB)
+    (short,) = make_plan(workload(half, gpu_memory_utilization=0.9), H100, GPU).shortfalls
+    assert short.over == pytest.approx(0.4 * 79.1 * GIB)
+
+
+def test_sequences_longer_than_the_models_context_are_a_shortfall(workload: Make) -> None:
+    llama = shape_named("meta-llama/Llama-2-7b-hf", "m")
+    policy = {"policy": Role("policy", llama, 8, learns=True, zero_stage=3)}
+    assert make_plan(workload(policy, longest_response=4092), H100, GPU).fits
+    (short,) = make_plan(workload(policy, longest_response=4093), H100, GPU).shortfalls
+    assert (
+        short.message
+        == "policy: 4097 tokens of prompt and response, one more than the 4096 of meta-llama/Llama-2-7b-hf"
+    )

@@ -201,3 +201,13 @@ def test_lengths_are_cut_at_the_longest_and_keep_their_mean() -> None:
     assert max(lengths) == 150
     assert statistics.mean(lengths) == pytest.approx(100, rel=1e-3)
     assert set(response_lengths(5, 7, 7, 1.0)) == {7}
+
+
+def test_what_is_drawn_beside_learning_is_scored_as_it_is_finished_too(
+    workload: Make, shape: ModelShape, hardware: Hardware, assume: Assumptions
+) -> None:
+    """Frozen models alone: the learners score when the batch comes to them (driver/pacing.py)."""
+    slow = {"reference": Role("reference", shape, 1, copies=1000)}
+    made = timed(workload(slow, overlap=True), hardware, assume)
+    drawn = made.phases["generate"] + made.by_role["score"]["reference"] - 0.5 * made.phases["generate"]
+    assert made.seconds == pytest.approx(drawn + made.phases["publish"])
