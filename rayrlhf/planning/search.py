@@ -94,6 +94,7 @@ def overrides_of(plan: Plan) -> list[str]:
     return [
         *(f"{key}={value}" for key, value in keys.items()),
         f"cluster.shared=[{shared}]",
+        f"weights.transport={'ipc' if _one_device(work.shared) else 'nccl'}",
         f"rollout.engines={roles['rollout'].ranks}",
         f"rollout.tensor_parallel={roles['rollout'].devices:g}",
         f"rollout.gpu_memory_utilization={work.gpu_memory_utilization:g}",
@@ -119,9 +120,16 @@ def _candidates(
         tried = replace(work, micro_batch_tokens=tokens, checkpointing=checkpointing)
         staged = replace(tried, roles=_staged(tried.roles, stage, frozen))
         for sets in SETS:
+            if work.overlap and _one_device(sets):
+                continue  # one waits for the other there
             for utilization in UTILIZATION if any("rollout" in roles for roles in sets) else UTILIZATION[:1]:
                 set_up = replace(staged, shared=_there(sets, staged.roles), gpu_memory_utilization=utilization)
                 yield from _combined(set_up, hardware, assume, budget, engines)
+
+
+def _one_device(sets: Sets) -> bool:
+    """Whether policy and engines take turns on the same GPUs."""
+    return any({"policy", "rollout"} <= set(roles) for roles in sets)
 
 
 def _staged(roles: Mapping[str, Role], stage: int, frozen: int) -> dict[str, Role]:

@@ -222,7 +222,9 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     if work.overlap:
         drawn = phases["generate"] + clock.together(_of(score, frozen)) - early
         learned = clock.together(_of(score, learning)) + phases["estimate"] + phases["update"]
-        seconds = max(drawn, learned) + phases["publish"] + phases["move"]
+        # Whoever draws and whoever learns may share devices, which have to do it all.
+        busy = clock.together({role: score.get(role, 0.0) + update.get(role, 0.0) for role in score | update})
+        seconds = max(drawn, learned, busy) + phases["publish"] + phases["move"]
     return StepTime(phases, by_role, generation, seconds)
 
 
