@@ -15,12 +15,16 @@ from ray.job_submission import JobDetails
 from rayrlhf.errors import ConfigError, ResourceError
 from rayrlhf.launch.jobs import LOST, RequestFailed
 
-__all__ = ["LogServer", "follow"]
+__all__ = ["LogServer", "OutputClosed", "follow"]
 
 # A link that died without a word looks like a job that says nothing.
 SILENCE_S = 60.0
 PAUSE_S = (1.0, 15.0)
 GIVE_UP_S = 900.0
+
+
+class OutputClosed(Exception):
+    """Whoever the log is written to takes no more (a pipe to `head`, a full disk): nothing that the connection did."""
 
 
 class LogServer(Protocol):
@@ -53,6 +57,7 @@ async def follow(
     Raises:
         ResourceError: nobody answered for `give_up_s`; the job knows nothing of that.
         ConfigError: the cluster no longer knows the job.
+        OutputClosed: `write` failed.
     """
     line = _Line(notice, pauses_s, give_up_s)
     reader = _Reader(write, shown, line.alive)
@@ -138,5 +143,8 @@ class _Reader:
     def _show(self, text: str, position: int) -> None:
         fresh = text[max(self._shown - position, 0) :]
         if fresh:
-            self._write(fresh)
+            try:
+                self._write(fresh)
+            except OSError as error:
+                raise OutputClosed(error.strerror or type(error).__name__) from error
             self._shown = max(self._shown, position + len(text))

@@ -10,6 +10,7 @@ run's config ┘                       ├─► slurm       slurm.sh
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rayrlhf.config import Config, load_config, load_section
+from rayrlhf.config import DATA_ROOT_VARIABLE, Config, load_config, load_section
+from rayrlhf.config.load import read_yaml
+from rayrlhf.config.secrets import refuse_secrets
 from rayrlhf.errors import ConfigError
 from rayrlhf.launch.dashboard import dashboard
 from rayrlhf.launch.supported import supported_versions
@@ -34,6 +37,10 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "monitoring": ("prometheus.yaml", "podmonitor.yaml", "grafana-dashboard.json"),
 }
 EXECUTABLE = ("slurm.sh",)
+NAME_SECRETS = (
+    *("kubernetes.auth_secret", "kubernetes.env_secrets", "images.pull_secrets"),
+    "launcher.ssh_private_key",
+)
 KUBERAY_CONFIG = "/etc/rayrlhf/run.yaml"
 
 
@@ -63,8 +70,21 @@ def load_values(path: Path) -> tuple[Values, Config | None]:
     Raises:
         ConfigError: in either, by file and key.
     """
+    refuse_secrets(_without_names(read_yaml(path)), source=str(path))
     values = load_section(path, Values).beside(path)
-    return values, load_config(values.config, environ={}) if values.config else None
+    # Nothing of this machine belongs in the files: neither its data folder nor what its environment keeps secret.
+    environ = {name: value for name, value in os.environ.items() if name != DATA_ROOT_VARIABLE}
+    return values, load_config(values.config, environ=environ) if values.config else None
+
+
+def _without_names(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Less the keys that say where a secret is, and sound like one."""
+    return {
+        name: {k: v for k, v in section.items() if f"{name}.{k}" not in NAME_SECRETS}
+        if isinstance(section, dict)
+        else section
+        for name, section in tree.items()
+    }
 
 
 def render(values: Values, config: Config | None, kinds: Sequence[str] = ()) -> dict[str, str]:
@@ -135,7 +155,8 @@ def _render_one(name: str, values: Values, groups: Sequence[Sized]) -> str:
     if name == "rayjob.yaml":
         context["command"] = _command(values, KUBERAY_CONFIG)
     if name == "ray-launcher.yaml":
-        home = "/home/ray" if values.launcher.docker else f"/home/{values.launcher.ssh_user}"
+        user = "ray" if values.launcher.docker else values.launcher.ssh_user
+        home = "/root" if user == "root" else f"/home/{user}"
         context |= {"home": home, "config_file": _absolute(values), "command": _command(values, f"{home}/run.yaml")}
     return _templates().get_template(f"{name}.j2").render(context)
 

@@ -19,14 +19,19 @@ __all__ = ["IGNORED", "IGNORE_FILES", "LIMIT_MIB", "Package", "collect_package",
 LIMIT_MIB = 100
 MIB = 2**20
 IGNORE_FILES = (".gitignore", ".rayignore")
+# Where secrets lie.
+SECRET = (
+    *(".env", ".env.*", ".envrc", ".netrc", ".git-credentials", ".pypirc", "kaggle.json"),
+    *(".ssh/", ".aws/", ".azure/", ".config/gcloud/", ".kube/", ".docker/", ".gnupg/", ".ray/", ".cache/"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
+)
 IGNORED = (
     # what other tools leave
     *(".git", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", "*.egg-info/"),
     *(".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".import_linter_cache/", ".hypothesis/", ".ipynb_checkpoints/"),
     # what runs leave
     *("runs/", "wandb/"),
-    # where secrets lie
-    *(".env", ".env.*", ".netrc", ".ssh/", ".aws/", "*.pem", "*.key", "id_rsa*", "id_ed25519*"),
+    *SECRET,
 )
 
 
@@ -98,8 +103,14 @@ def _walk(folder: Path, rules: tuple[tuple[Path, PathSpec], ...] = ()) -> Iterat
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(path, rules)
-        elif entry.is_file():
+        elif entry.is_file() and not (entry.is_symlink() and _is_secret(path.resolve(), rules[0][0])):
             yield path
+
+
+def _is_secret(target: Path, folder: Path) -> bool:
+    """Whether what a link leads to is left out by its own name, wherever it lies: a link to a .env is one."""
+    name = target.relative_to(folder) if target.is_relative_to(folder) else target
+    return bool(_spec(SECRET).match_file(name.as_posix().lstrip("/")))
 
 
 def _rules_of(folder: Path) -> Iterator[tuple[Path, PathSpec]]:

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,8 @@ from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
 
 from rayrlhf.config import DATA_ROOT_VARIABLE, Config, load_config
-from rayrlhf.errors import ConfigError
-from rayrlhf.launch.follow import follow
+from rayrlhf.errors import ConfigError, ResourceError
+from rayrlhf.launch.follow import OutputClosed, follow
 from rayrlhf.launch.jobs import Jobs, RequestFailed, connect
 from rayrlhf.launch.packaging import collect_package, write_zip
 
@@ -150,7 +151,7 @@ def stop(job: str, address: str, console: Console) -> int:
         shown, asked = len(_log_of(jobs, before)), monotonic()
         jobs.stop_job(job)
         console.print(f"{job} is asked to end", highlight=False, markup=False)
-        after = asyncio.run(follow(jobs, job, _write, _notice(console), shown))
+        after = _followed(jobs, job, console, shown)
     took = monotonic() - asked
     if after.status != JobStatus.STOPPED:
         console.print(f"{job} had ended before: {after.status.value}", highlight=False, markup=False)
@@ -169,7 +170,7 @@ def stop(job: str, address: str, console: Console) -> int:
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:
-    details = asyncio.run(follow(jobs, job, _write, _notice(console)))
+    details = _followed(jobs, job, console)
     code = exit_code(details)
     if details.status != JobStatus.SUCCEEDED:
         why = f"exit code {code}" if details.driver_exit_code is not None else (details.message or "").strip()
@@ -178,8 +179,19 @@ def _follow(jobs: Jobs, job: str, console: Console) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has seen enough; Python must not try to flush the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _followed(jobs: Jobs, job: str, console: Console, shown: int = 0) -> JobDetails:
+    try:
+        return asyncio.run(follow(jobs, job, _write, _notice(console), shown))
+    except OutputClosed as error:
+        raise ResourceError(f"the job's log cannot be written here: {error}", f"{job} goes on") from None
 
 
 def _notice(console: Console) -> Any:

@@ -13,6 +13,8 @@ __all__ = ["Head", "Images", "Kubernetes", "Launcher", "Monitoring", "Slurm", "S
 
 # A DNS label (RFC 1123) that leaves room for what Kubernetes and KubeRay put behind it.
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+# It ends up in a line of its own, and as a word of that line.
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 
 
@@ -56,12 +58,12 @@ class WorkerGroup(Node):
 class Images(Section):
     """Of the project, as the Dockerfiles build it."""
 
-    gpu: str = "rayrlhf:gpu"
-    cpu: str = "rayrlhf:cpu"
-    base_gpu: str | None = None
+    gpu: Word = "rayrlhf:gpu"
+    cpu: Word = "rayrlhf:cpu"
+    base_gpu: Word | None = None
     """What the GPU image starts from; left out: Ray's own of the tested version, which has the CUDA compiler for
     DeepSpeed's operators."""
-    base_cpu: str = "python:3.11-bookworm"
+    base_cpu: Word = "python:3.11-bookworm"
     packages: tuple[str, ...] = ()
     """Python packages that the CPU image has besides: for the cluster launcher the cloud's own, `boto3==1.40.0`."""
     pull_secrets: tuple[Name, ...] = ()
@@ -94,7 +96,7 @@ class Kubernetes(Section):
 class Launcher(Section):
     provider: dict[str, Any] = Field(default_factory=lambda: {"type": "aws", "region": "us-west-2"})
     """As Ray's cluster launcher wants it: a cloud, or `{type: local, head_ip: ..., worker_ips: [...]}`."""
-    ssh_user: str = "ubuntu"
+    ssh_user: Word = "ubuntu"
     ssh_private_key: str | None = None
     """A path; left out: the launcher makes a key, where the cloud lets it."""
     docker: bool = True
@@ -117,8 +119,8 @@ class Launcher(Section):
 class Slurm(Section):
     group: str | None = None
     """The group of `workers` that the job's nodes are; left out: the one that has nodes."""
-    partition: str | None = None
-    account: str | None = None
+    partition: Annotated[str, Field(pattern=r"^[A-Za-z0-9._,-]+$")] | None = None
+    account: Word | None = None
     time: Annotated[str, Field(pattern=r"^([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}$")] = "24:00:00"
     grace_s: PositiveInt = 300
     """So long before the end of `time` the run is asked to end, which saves a checkpoint."""

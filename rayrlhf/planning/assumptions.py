@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,13 @@ from rayrlhf.config.load import read_yaml, validated
 from rayrlhf.errors import ConfigError
 
 __all__ = ["Assumption", "Assumptions", "assumptions_for"]
+
+# What something is divided by, and what is a share of a whole.
+RATES = (
+    *("mfu_train", "mfu_forward", "decode_bandwidth", "decode_flops", "link_share", "optimizer_bandwidth"),
+    *("host_adam_gb_s", "publish_gb_s", "prompt_share", "response_share"),
+)
+SHARES = ("prompt_share", "response_share", "fragmentation", "overlap")
 
 
 class _ByKind(Section):
@@ -44,15 +52,18 @@ class Assumptions:
         return self.known[name].value
 
     def changed(self, values: Mapping[str, float], source: str) -> Assumptions:
-        """With other values; ConfigError for a name that is not one, or a negative value."""
+        """With other values; ConfigError for a name that is not one, or a value that it cannot have."""
         known = dict(self.known)
         for name, value in values.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
                 raise ConfigError(f"{source}: the plan has no assumption {name!r}", hint)
-            if not value >= 0:
-                raise ConfigError(f"{source}: {name} is {value:g}", "a number from 0")
+            if not 0 <= value < math.inf or (name in RATES and value == 0) or (name in SHARES and value > 1):
+                least = "above" if name in RATES else "from"
+                raise ConfigError(
+                    f"{source}: {name} is {value:g}", f"a number {least} 0{' to 1' if name in SHARES else ''}"
+                )
             known[name] = replace(known[name], value=float(value), source=source)
         return Assumptions(known)
 

@@ -63,7 +63,9 @@ class Decoder:
     def step(self, sequences: float, cached: float) -> float:
         """Seconds to make one token of each of `sequences`, `cached` tokens being in the cache."""
         shape, assume = self.shape, self.assume
-        nbytes = self._weights(sequences) * self.dtype_bytes + cached * kv_bytes_per_token(shape, self.dtype_bytes)
+        shards = self.shards if self.hardware.is_gpu else 1.0
+        keys = cached * kv_bytes_per_token(shape, self.dtype_bytes, shards)
+        nbytes = self._weights(sequences) * self.dtype_bytes + keys
         flops = forward_flops(shape, sequences, sequences, cached / sequences)
         reading = nbytes / (self.hardware.bandwidth * assume["decode_bandwidth"] * self.shards)
         computing = flops / (self.hardware.flops(self.dtype) * assume["decode_flops"] * self.shards)
@@ -104,7 +106,8 @@ def generate_seconds(role: Role, work: Workload, hardware: Hardware, assume: Ass
     mine = max(1, -(-work.batch_size // role.ranks))
     count = min(mine, SIMULATED)
     lengths = response_lengths(count, work.response_tokens, work.longest_response, work.response_spread)
-    room = int(cache / kv_bytes_per_token(role.shape, work.dtype_bytes) / work.sequence_tokens)
+    shards = role.devices if work.gpu else 1.0
+    room = int(cache / kv_bytes_per_token(role.shape, work.dtype_bytes, shards) / work.sequence_tokens)
     places = max(1, min(work.max_sequences, room))
     decoding, tail = _decode(decoder, lengths, work.prompt_tokens, places)
     prefill = mine * decoder.prefill(work.prompt_tokens)

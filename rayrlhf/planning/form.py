@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.cluster import RoleName
 from rayrlhf.config.load import read_yaml, validated
 from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape
@@ -70,6 +71,12 @@ class FormWork(Section):
     """An average of the policy's weights is kept."""
     pretraining: Pretraining = Pretraining()
 
+    @model_validator(mode="after")
+    def _minibatches_divide_the_batch(self) -> FormWork:
+        if self.batch_size % self.minibatch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of minibatch_size {self.minibatch_size}")
+        return self
+
 
 class RolePlace(Section):
     ranks: PositiveInt = 1
@@ -87,13 +94,26 @@ class Placement(Section):
     reference: RolePlace
     reward: RolePlace
     rollout: EnginePlace
-    shared: tuple[tuple[str, ...], ...] = ()
+    shared: tuple[tuple[RoleName, ...], ...] = ()
     """Roles that take turns on the same GPUs."""
     micro_batch_tokens: PositiveInt = 4096
     activation_checkpointing: bool = True
     offload_optimizer: bool = False
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.9
     max_sequences: PositiveInt = 256
+
+    @model_validator(mode="after")
+    def _sets_of_roles_can_share(self) -> Placement:
+        ranks = {name: getattr(self, name).ranks for name in ("policy", "value", "reference", "reward")}
+        ranks["rollout"] = self.rollout.engines * self.rollout.tensor_parallel
+        named = [role for roles in self.shared for role in roles]
+        if len(set(named)) < len(named):
+            raise ValueError(f"shared: {', '.join(named)}: a role is in one set, once")
+        for roles in self.shared:
+            if len({ranks[role] for role in roles}) > 1:
+                told = ", ".join(f"{role} {ranks[role]}" for role in roles)
+                raise ValueError(f"shared: roles on the same devices need equally many ranks ({told})")
+        return self
 
 
 class Form(Section):
@@ -178,5 +198,6 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
     """Adapters A [in, r], B [r, out] beside every matrix of every layer (Hu et al. 2021, arXiv 2106.09685)."""
     hidden, queries, keys = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = 2 * (hidden + queries) + 2 * (hidden + keys)
-    width = shape.mlp_width * (shape.experts // shape.experts_per_token if shape.experts else 1)
-    return rank * shape.layers * (attention + (3 if shape.gated else 2) * (hidden + width))
+    shared = shape.mlp_width - shape.experts_per_token * shape.expert_width  # of a dense model all of it
+    inner = shape.experts * (hidden + shape.expert_width) + (hidden + shared if shared else 0)
+    return rank * shape.layers * (attention + (3 if shape.gated else 2) * inner)

@@ -154,16 +154,18 @@ def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions)
     prefill = _forward_bytes(role.shape, max(PREFILL_TOKENS, work.longest), size) / shards
     framework = assume["engine_framework_gib"] * GIB
     if work.gpu:
-        share = work.gpu_memory_utilization * min(1.0, role.devices)
-        cache = max(0.0, share * hardware.memory_bytes - weights - prefill - framework)
+        # Of the whole GPU, also where Ray has promised it a part of one.
+        cache = max(0.0, work.gpu_memory_utilization * hardware.memory_bytes - weights - prefill - framework)
     else:
         cache = work.kv_cache_gib * GIB
     parts = {"weights": weights, "key/value cache": cache}
     return RankMemory(parts, {}, {"prefill": prefill}, framework, {}, 0.0)
 
 
-def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int) -> float:
-    return float(shape.kv_entries * dtype_bytes)
+def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int, shards: float = 1.0) -> float:
+    """Of all `shards` of an engine together: more shards than heads of keys hold copies of them."""
+    copies = max(1.0, shards / shape.kv_heads)
+    return shape.kv_entries * dtype_bytes * copies
 
 
 def _passes(role: Role, work: Workload, learns: bool) -> dict[str, float]:

@@ -25,7 +25,7 @@ class Shortfall:
 
     roles: tuple[str, ...]
     over: float
-    """bytes (of memory) or devices (where there are too few) over what there is"""
+    """bytes (of memory), devices (where there are too few), tokens or heads over what there is"""
     message: str
 
 
@@ -98,26 +98,40 @@ def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: in
     memory = {name: rank_memory(role, work, hardware, assume) for name, role in work.roles.items()}
     if work.train is not None:
         memory["train"] = rank_memory(work.train, work, hardware, assume)
-    needed = max(1, math.ceil(work.devices() / hardware.per_node - 1e-9)) if work.gpu else 1
+    needed = max(1, math.ceil(max(work.devices(), _trained_on(work)) / hardware.per_node - 1e-9)) if work.gpu else 1
     found = nodes or needed
-    shortfalls = [*_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
+    shortfalls = [*_too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
     time = step_time(work, hardware, assume, memory)
     warnings = tuple(_warnings(work, hardware, memory, time))
     return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
 
 
+def _too_long(work: Workload) -> list[Shortfall]:
+    shape = work.roles["policy"].shape
+    over = work.longest - (shape.context or work.longest)
+    if over <= 0:
+        return []
+    more = "one" if over == 1 else str(over)
+    message = (
+        f"policy: {work.longest} tokens of prompt and response, {more} more than the {shape.context} of {shape.name}"
+    )
+    return [Shortfall(("policy",), over, message)]
+
+
 def _devices_missing(work: Workload, hardware: Hardware, nodes: int) -> list[Shortfall]:
     there = nodes * hardware.per_node
-    if not work.gpu or work.devices() <= there:
-        return []
-    asked = work.devices()
-    return [
-        Shortfall(
-            tuple(work.roles),
-            asked - there,
-            f"the roles take {asked:g} GPUs, {nodes} {_nodes(nodes)} of {hardware.per_node} have {there}",
-        )
-    ]
+    have = f"{nodes} {_nodes(nodes)} of {hardware.per_node} have {there}"
+    found, asked, trained = [], work.devices(), _trained_on(work)
+    if work.gpu and asked > there:
+        found.append(Shortfall(tuple(work.roles), asked - there, f"the roles take {asked:g} GPUs, {have}"))
+    if work.gpu and trained > there:
+        found.append(Shortfall(("train",), trained - there, f"train: {trained:g} GPUs, {have}"))
+    return found
+
+
+def _trained_on(work: Workload) -> float:
+    """GPUs of the supervised stages' workers, which come before the roles and have the cluster to themselves."""
+    return work.train.ranks * work.train.devices if work.train else 0.0
 
 
 def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
@@ -129,12 +143,12 @@ def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mappi
         role = work.train if roles == ("train",) and work.train else work.roles[roles[0]]
         room = usable * min(1.0, role.devices)
         if roles == ("rollout",):
-            room = hardware.memory_bytes * work.gpu_memory_utilization * min(1.0, role.devices)
+            room = hardware.memory_bytes * min(work.gpu_memory_utilization, role.devices)
         over = set_peak({name: memory[name] for name in roles}) - room
         if over > 1:
             found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware)))
-    found += _cache_too_small(work, memory)
-    return found + _host_too_small(work, hardware, memory)
+    found += [*_cache_too_small(work, memory), *_heads_left_over(work), *_host_too_small(work, hardware, memory)]
+    return found
 
 
 def _too_large(roles: tuple[str, ...], over: float, room: float, hardware: Hardware) -> str:
@@ -149,7 +163,7 @@ def _cache_too_small(work: Workload, memory: Mapping[str, RankMemory]) -> list[S
     """One sequence of the longest prompt and response must fit in an engine's key/value cache."""
     role = work.roles["rollout"]
     shards = max(1.0, role.devices) if work.gpu else 1.0
-    needed = kv_bytes_per_token(role.shape, work.dtype_bytes) * work.longest / shards
+    needed = kv_bytes_per_token(role.shape, work.dtype_bytes, shards) * work.longest / shards
     over = needed - memory["rollout"].weights["key/value cache"]
     if over <= 0:
         return []
@@ -157,8 +171,29 @@ def _cache_too_small(work: Workload, memory: Mapping[str, RankMemory]) -> list[S
     return [Shortfall(("rollout",), over, message)]
 
 
+def _heads_left_over(work: Workload) -> list[Shortfall]:
+    """vLLM refuses an engine whose shards do not divide the attention heads."""
+    rollout = work.roles["rollout"]
+    heads, shards = rollout.shape.heads, max(1, round(rollout.devices))
+    if heads % shards == 0:
+        return []
+    message = f"rollout: {heads} attention heads do not divide among {shards} GPUs of an engine"
+    return [Shortfall(("rollout",), heads % shards, message)]
+
+
 def _host_too_small(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
     """What a node's processes hold in its own memory: what is offloaded, and what waits while others have a device."""
+    return [*_over_on_a_node(work, hardware, memory), *_over_on_a_training_node(work, hardware, memory)]
+
+
+def _over_on_a_training_node(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    if work.train is None:
+        return []
+    total = min(work.train.ranks, hardware.per_node) * _on_the_host("train", memory["train"], waits=False)
+    return _beyond_the_host(("train",), total, hardware)
+
+
+def _over_on_a_node(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
     per_device: list[tuple[float, float, tuple[str, ...]]] = []
     for roles in work.device_sets():
         held = sum(_on_the_host(name, memory[name], waits=len(roles) > 1) for name in roles)
@@ -169,14 +204,18 @@ def _host_too_small(work: Workload, hardware: Hardware, memory: Mapping[str, Ran
             total += held * min(devices, free)
             free -= devices
             here += [name for name in roles if held > len(roles) * PROCESS_BYTES]
+    return _beyond_the_host(tuple(here), total, hardware)
+
+
+def _beyond_the_host(roles: tuple[str, ...], total: float, hardware: Hardware) -> list[Shortfall]:
     over = total - hardware.host_bytes
     if over <= 0:
         return []
     message = (
-        f"{' and '.join(here)}: {total / GIB:.0f} GiB in a node's own memory, {over / GIB:.0f} more than the "
+        f"{' and '.join(roles)}: {total / GIB:.0f} GiB in a node's own memory, {over / GIB:.0f} more than the "
         f"{hardware.host_bytes / GIB:.0f} there are"
     )
-    return [Shortfall(tuple(here), over, message)]
+    return [Shortfall(roles, over, message)]
 
 
 def _on_the_host(role: str, memory: RankMemory, waits: bool) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayrlhf.config import Config, config_from
 from rayrlhf.errors import ConfigError, ResourceError
 from rayrlhf.planning.plan import Plan
+from rayrlhf.planning.search import SETS
 
-__all__ = ["Remedy", "check_fits", "remedies"]
+__all__ = ["TRAINING", "Remedy", "check_fits", "remedies"]
 
 SHOWN = 3
 TRAINING = ("pretrain", "sft", "reward", "dpo")
@@ -87,6 +88,26 @@ def _changes(config: Config, plan: Plan) -> Iterator[tuple[str, ...]]:
         yield ("model.dtype=bfloat16",)
     if config.cluster.device == "cuda":  # more processes of one machine would take more of its memory
         yield from _sharded(config, roles)
+        yield from ((key,) for key in _on_fewer(config, plan))
+
+
+def _on_fewer(config: Config, plan: Plan) -> Iterator[str]:
+    """Where there are too few GPUs: a role on a part of its ranks, or several in turns on the same ones."""
+    there = plan.nodes * plan.hardware.per_node
+    counts = {
+        f"cluster.{role}.ranks": getattr(config.cluster, role).ranks for role in plan.work.roles if role != "rollout"
+    }
+    counts["rollout.engines"] = config.rollout.engines
+    if plan.devices > there:
+        yield from (f"{key}={count // parts}" for parts in (2, 4, 8) for key, count in counts.items() if count >= parts)
+        yield from (_shared(sets) for sets in SETS if sets)
+    if plan.work.train is not None and plan.work.train.ranks > there:
+        yield f"cluster.train.ranks={there}"
+
+
+def _shared(sets: Iterable[Sequence[str]]) -> str:
+    named = ", ".join(f"[{', '.join(roles)}]" for roles in sets)
+    return f"cluster.shared=[{named}]"
 
 
 def _sharded(config: Config, roles: set[str]) -> Iterator[tuple[str, ...]]:
@@ -131,6 +152,7 @@ def _of_engines(config: Config, roles: set[str]) -> Iterator[str]:
     if config.cluster.device == "cpu":
         if rollout.kv_cache_gib > 1:
             yield f"rollout.kv_cache_gib={rollout.kv_cache_gib // 2}"
+        yield from (f"rollout.kv_cache_gib={rollout.kv_cache_gib * times}" for times in (2, 4, 8))
         return
     for times in (2, 4, 8):
         yield f"rollout.tensor_parallel={rollout.tensor_parallel * times}"

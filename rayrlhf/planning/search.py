@@ -15,12 +15,12 @@ from rayrlhf.errors import ConfigError
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.decoding import Generation, generate_seconds
 from rayrlhf.planning.hardware import Hardware
-from rayrlhf.planning.memory import RankMemory, rank_memory, set_peak
+from rayrlhf.planning.memory import RankMemory, kv_bytes_per_token, rank_memory, set_peak
 from rayrlhf.planning.plan import Plan, make_plan
 from rayrlhf.planning.time import RoleClock
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["overrides_of", "search", "smallest"]
+__all__ = ["SETS", "overrides_of", "search", "smallest"]
 
 RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SHARDS = (1, 2, 4, 8)
@@ -94,6 +94,7 @@ def overrides_of(plan: Plan) -> list[str]:
     return [
         *(f"{key}={value}" for key, value in keys.items()),
         f"cluster.shared=[{shared}]",
+        f"weights.transport={'ipc' if _one_device(work.shared) else 'nccl'}",
         f"rollout.engines={roles['rollout'].ranks}",
         f"rollout.tensor_parallel={roles['rollout'].devices:g}",
         f"rollout.gpu_memory_utilization={work.gpu_memory_utilization:g}",
@@ -119,9 +120,16 @@ def _candidates(
         tried = replace(work, micro_batch_tokens=tokens, checkpointing=checkpointing)
         staged = replace(tried, roles=_staged(tried.roles, stage, frozen))
         for sets in SETS:
+            if work.overlap and _one_device(sets):
+                continue  # one waits for the other there
             for utilization in UTILIZATION if any("rollout" in roles for roles in sets) else UTILIZATION[:1]:
                 set_up = replace(staged, shared=_there(sets, staged.roles), gpu_memory_utilization=utilization)
                 yield from _combined(set_up, hardware, assume, budget, engines)
+
+
+def _one_device(sets: Sets) -> bool:
+    """Whether policy and engines take turns on the same GPUs."""
+    return any({"policy", "rollout"} <= set(roles) for roles in sets)
 
 
 def _staged(roles: Mapping[str, Role], stage: int, frozen: int) -> dict[str, Role]:
@@ -231,7 +239,7 @@ class _Engines:
         if key not in self._known:
             cache = memory.weights["key/value cache"] * role.devices
             made = generate_seconds(role, work, self._hardware, self._assume, cache)
-            needed = work.longest * role.shape.kv_entries * work.dtype_bytes
+            needed = work.longest * kv_bytes_per_token(role.shape, work.dtype_bytes, role.devices)
             self._known[key] = made if cache >= needed else replace(made, places=0)
         return self._known[key]
 

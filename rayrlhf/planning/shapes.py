@@ -54,6 +54,8 @@ class ModelShape:
     experts_per_token: int = 0
     in_experts: int = 0
     """of `in_layers`, what is in routed experts"""
+    expert_width: int = 0
+    """inner width of one routed expert"""
     scalar: bool = False
     """a reward or value model"""
 
@@ -180,6 +182,7 @@ def _llama_like(config: Config, name: str) -> ModelShape:
         experts=experts if routed else 0,
         experts_per_token=chosen if routed else 0,
         in_experts=routed,
+        expert_width=_expert_width(config) if routed else 0,
     )
 
 

@@ -12,7 +12,7 @@ from rayrlhf.planning.memory import set_peak
 from rayrlhf.planning.plan import Plan
 from rayrlhf.planning.workload import Role
 
-__all__ = ["show_assumptions", "show_placements", "show_plan"]
+__all__ = ["show_assumptions", "show_placements", "show_plan", "show_training"]
 
 
 def show_plan(console: Console, plan: Plan) -> None:
@@ -25,6 +25,16 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(_whole(plan), highlight=False, soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"[yellow]{warning}[/]", highlight=False, soft_wrap=True)
+    for shortfall in plan.shortfalls:
+        console.print(f"[red]does not fit:[/] {shortfall.message}", highlight=False, soft_wrap=True)
+
+
+def show_training(console: Console, plan: Plan) -> None:
+    """Of a run without PPO: the memory of its workers. How long they take is not planned."""
+    assert plan.work.train is not None  # there are supervised stages
+    table = _table(plan)
+    table.add_row(*_row(plan, plan.work.train))
+    console.print(table)
     for shortfall in plan.shortfalls:
         console.print(f"[red]does not fit:[/] {shortfall.message}", highlight=False, soft_wrap=True)
 
@@ -70,14 +80,18 @@ def _ranks(role: Role) -> str:
 
 
 def _roles(plan: Plan) -> Table:
+    table = _table(plan)
+    for role in [*plan.work.roles.values(), *([plan.work.train] if plan.work.train else [])]:
+        table.add_row(*_row(plan, role))
+    return table
+
+
+def _table(plan: Plan) -> Table:
     unit = "GPU" if plan.work.gpu else "process"
     table = Table(title=f"{plan.hardware.device.title}: GiB a {unit}", title_justify="left")
     table.add_column("role", no_wrap=True)
     for column in ("size", "ranks", "ZeRO", "model", "grads", "Adam", "work", "sum"):
         table.add_column(column, justify="right", no_wrap=True)
-    roles = [*plan.work.roles.values(), *([plan.work.train] if plan.work.train else [])]
-    for role in roles:
-        table.add_row(*_row(plan, role))
     return table
 
 

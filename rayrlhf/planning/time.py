@@ -64,9 +64,8 @@ class RoleClock:
 
     def scored_early(self, score: Mapping[str, float], generate: float) -> float:
         """Seconds of scoring that are over when the last response comes: a tenth of it never is, nor anything of roles
-        that wait for the engines' devices, or of a batch that is drawn while another is learned from."""
-        work = self.work
-        if work.overlap or any(role in work.sharing("rollout") for role in score):
+        that wait for the engines' devices."""
+        if any(role in self.work.sharing("rollout") for role in score):
             return 0.0
         return min(0.9 * self.together(score), self.assume["scored_early"] * generate)
 
@@ -207,7 +206,8 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     generate = generation.seconds
     if not work.gpu:  # engines on few cores
         generate *= max(1.0, rollout.ranks * rollout.devices / hardware.per_node)
-    early = clock.scored_early(score, generate)
+    # Learners that are busy with another batch score this one when it comes to them.
+    early = clock.scored_early(_of(score, frozen) if work.overlap else score, generate)
     phases = {
         # On a CPU whoever scores meanwhile takes the engines' cores.
         "generate": generate + (0.0 if work.gpu else early) + assume["call_ms"] * 1e-3,
@@ -220,9 +220,11 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     by_role = {"generate": {"rollout": generate}, "score": score, "update": update}
     seconds = sum(phases.values())
     if work.overlap:
-        drawn = phases["generate"] + clock.together(_of(score, frozen))
+        drawn = phases["generate"] + clock.together(_of(score, frozen)) - early
         learned = clock.together(_of(score, learning)) + phases["estimate"] + phases["update"]
-        seconds = max(drawn, learned) + phases["publish"] + phases["move"]
+        # Whoever draws and whoever learns may share devices, which have to do it all.
+        busy = clock.together({role: score.get(role, 0.0) + update.get(role, 0.0) for role in score | update})
+        seconds = max(drawn, learned, busy) + phases["publish"] + phases["move"]
     return StepTime(phases, by_role, generation, seconds)
 
 

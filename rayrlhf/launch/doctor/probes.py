@@ -182,7 +182,8 @@ def _on_hub(key: str, name: str, kind: str) -> Place:
     from huggingface_hub import HfApi, constants
 
     repository = name.partition(":")[0]
-    if (Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}").is_dir():
+    kept = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
+    if any(kept.glob("*/*")):
         return Place(key, name, "cache")
     if constants.HF_HUB_OFFLINE:
         return Place(key, name, problem="not in the cache, and HF_HUB_OFFLINE is set")

@@ -109,8 +109,12 @@ def test_hub_names_are_looked_for_in_the_cache_then_on_the_hub(tmp_path: Path, m
     assert inputs.data == (Place("data.prompts", "org/p:train", "hub"),)
     hub(monkeypatch, tmp_path, True, None)
     assert probes.measure_inputs(asked).models[0].problem == "not in the cache, and HF_HUB_OFFLINE is set"
-    (tmp_path / "models--org--name").mkdir()
-    (tmp_path / "datasets--org--p").mkdir()
+    for name in ("models--org--name", "datasets--org--p"):
+        (tmp_path / name / "snapshots" / "0123").mkdir(parents=True)
+    begun = probes.measure_inputs(asked)  # a download that ended before its first file
+    assert {p.problem for p in (*begun.models, *begun.data)} == {"not in the cache, and HF_HUB_OFFLINE is set"}
+    for name in ("models--org--name", "datasets--org--p"):
+        (tmp_path / name / "snapshots" / "0123" / "config.json").touch()
     inputs = probes.measure_inputs(asked)
     assert [p.where for p in (*inputs.models, *inputs.data)] == ["cache", "cache"]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from rayrlhf.errors import ConfigError, ResourceError
-from rayrlhf.launch.follow import follow
+from rayrlhf.launch.follow import OutputClosed, follow
 from rayrlhf.launch.jobs import RequestFailed
 
 LOG = "one\ntwo\nthree\nfour\n"
@@ -108,3 +111,24 @@ def test_a_cluster_that_was_started_anew_knows_the_job_no_longer() -> None:
     server = Server(["one\n"], ends_after=2, info=lambda _: RequestFailed(404, "Job job does not exist"))
     with pytest.raises(ConfigError, match="the cluster no longer knows this job"):
         followed(server)
+
+
+@pytest.mark.parametrize("problem", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_an_output_that_takes_no_more_ends_it_and_is_no_lost_connection(problem: OSError) -> None:
+    """`logs --follow | head`, or into a file on a full disk."""
+
+    def write(_: str) -> None:
+        raise problem
+
+    notices: list[str] = []
+    with pytest.raises(OutputClosed, match=str(problem.strerror)):
+        asyncio.run(follow(Server([LOG]), "job", write, notices.append, pauses_s=(0.001, 0.004)))
+    assert notices == []
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_as_it_does_others() -> None:
+    code = "from rayrlhf.launch.submit import _write\nfor _ in range(10**6): _write('line\\n')"
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["line", "141"]
+    assert done.stderr == ""

@@ -30,6 +30,22 @@ def test_what_tools_and_runs_leave_and_where_secrets_lie_is_left_out(tmp_path: P
     assert names(tmp_path) == {"mine.yaml", "code/world.py", "data/prompts.jsonl"}
 
 
+def test_other_places_of_secrets_are_left_out_as_well(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", ".envrc", ".git-credentials", ".pypirc", "id_ecdsa", "id_rsa.pub", "store.p12")
+    write(tmp_path, ".kube/config", ".docker/config.json", ".gnupg/key", ".ray/auth_token", ".cache/huggingface/token")
+    write(tmp_path, ".config/gcloud/credentials.db", ".azure/token", "kaggle.json", "code/.config/app.yaml")
+    assert names(tmp_path) == {"mine.yaml", "code/.config/app.yaml"}
+
+
+def test_a_link_does_not_bring_in_what_is_left_out_by_its_own_name(tmp_path: Path) -> None:
+    write(tmp_path / "home", ".env", ".ssh/config", "shared.txt")
+    write(tmp_path / "mine", "mine.yaml", "server.pem")
+    for name, target in (("settings", "../home/.env"), ("hosts", "../home/.ssh/config"), ("cert", "server.pem")):
+        (tmp_path / "mine" / name).symlink_to(target)
+    (tmp_path / "mine" / "notes").symlink_to("../home/shared.txt")
+    assert names(tmp_path / "mine") == {"mine.yaml", "notes"}
+
+
 def test_a_worktrees_git_file_is_left_out_too(tmp_path: Path) -> None:
     write(tmp_path, "mine.yaml", ".git")
     assert names(tmp_path) == {"mine.yaml"}

@@ -16,6 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from pydantic import ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -102,7 +103,7 @@ def test_the_command_line_writes_what_it_says_and_explains_a_bad_value(tmp_path:
         ("command: [run]\nworkers: {cpu: {nodes: 3, most: 2}}", "workers.cpu: most 2 is less than nodes 3"),
         ("command: [run]\nworkers: {cpu: {nodes: 1}}\nslurm: {group: gpu}", "slurm.group: workers has no gpu"),
         ("command: [run]\nworkers: {cpu: {nodes: 1}}\nlauncher: {provider: {type: local}}", "give provider.head_ip"),
-        ("command: [run]\nworkers: {cpu: {nodes: 1}}\nkubernetes: {token: abc}", "kubernetes.token: unknown key"),
+        ("command: [run]\nworkers: {cpu: {nodes: 1}}\nkubernetes: {tokn: abc}", "kubernetes.tokn: unknown key"),
     ],
 )
 def test_values_that_cannot_be_used_are_refused_by_key(tmp_path: Path, text: str, message: str) -> None:
@@ -128,6 +129,64 @@ def test_no_file_holds_a_secret(mixed: dict[str, str], monkeypatch: pytest.Monke
         assert "is-secret" not in text
     for name, text in mixed.items():
         assert not re.search(r"(?i)(token|key|password)\s*[:=]\s*['\"]?[A-Za-z0-9]{16,}", text), name
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("slurm: {setup: ['export WANDB_API_KEY=local-secret-1234']}", "slurm.setup"),
+        ("launcher: {provider: {type: aws, secret_access_key: abc}}", "launcher.provider.secret_access_key"),
+        ("head: {node_config: {UserData: 'curl https://me:hunter2secret@host/x'}}", "head.node_config.UserData"),
+    ],
+)
+def test_values_that_hold_a_secret_are_refused(
+    text: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "local-secret-1234")
+    (tmp_path / "values.yaml").write_text(f"command: [run]\nworkers: {{cpu: {{nodes: 1}}}}\n{text}\n")
+    with pytest.raises(ConfigError, match=key) as error:
+        load_values(tmp_path / "values.yaml")
+    assert "secret-1234" not in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_config_that_holds_a_secret_of_this_environment_is_not_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "quite-plain-words")
+    (tmp_path / "run.yaml").write_text("model: {path: org/quite-plain-words}\ndata: {prompts: [p]}\n")
+    (tmp_path / "values.yaml").write_text("config: run.yaml\nworkers: {cpu: {nodes: 1}}\n")
+    with pytest.raises(ConfigError, match=r"model\.path: holds the value of the environment's MY_API_KEY"):
+        load_values(tmp_path / "values.yaml")
+
+
+@pytest.mark.parametrize("word", ["a\nb: c", "it's", '"q" $(x) #', "print(1)\nprint(2)"])
+def test_a_command_of_any_characters_stays_one_word_of_it(word: str) -> None:
+    made = values(command=["python", "-c", word], workers={"cpu": {"cpus": 2, "nodes": 2}})
+    files = render(made, None)
+    assert set(read(files["ray-launcher.yaml"])) >= {"cluster_name", "provider"}
+    assert all(line.startswith("#") for line in files["ray-launcher.yaml"].split("cluster_name")[0].splitlines())
+    assert shlex.split(read(files["rayjob.yaml"])["spec"]["entrypoint"]) == ["python", "-c", word]
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [
+        ("slurm", {"partition": "gpu\n#SBATCH --uid=0"}),
+        ("slurm", {"account": "a b"}),
+        ("images", {"gpu": "rayrlhf:gpu\nUSER 0"}),
+        ("images", {"base_cpu": "python:3.11\nRUN true"}),
+        ("launcher", {"ssh_user": "me: you"}),
+    ],
+)
+def test_a_name_that_would_begin_a_line_or_word_of_its_own_is_refused(section: str, keys: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(keys))):
+        values(**{section: keys})
+
+
+def test_root_has_its_home_elsewhere() -> None:
+    made = values(launcher={"ssh_user": "root", "docker": False})
+    assert read(rendered("ray-launcher.yaml", made))["file_mounts"] == {"/root/.ray/auth_token": "~/.ray/auth_token"}
 
 
 # KubeRay.

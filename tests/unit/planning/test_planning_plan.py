@@ -145,6 +145,19 @@ def test_a_search_finds_only_what_fits_and_says_it_in_keys(seven: Callable[..., 
         assert again.time.seconds == pytest.approx(plan.time.seconds)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [("ppo.pacing.kind=overlap", "ppo.importance_cap=2.0"), ("weights.transport=nccl",), ("weights.transport=ipc",)],
+)
+def test_what_a_search_finds_the_config_takes(keys: tuple[str, ...], seven: Callable[..., Config]) -> None:
+    plans = search(asked_of(seven(*keys)).work, H100, GPU, nodes=1)
+    assert plans
+    for plan in plans:
+        config = seven(*keys, *overrides_of(plan))
+        together = any({"policy", "rollout"} <= set(roles) for roles in config.cluster.shared)
+        assert config.weights.transport == ("ipc" if together else "nccl")
+
+
 def test_more_nodes_are_never_slower_and_the_smallest_is_as_small_as_it_gets(seven: Callable[..., Config]) -> None:
     work = asked_of(seven()).work
     seconds = [search(work, H100, GPU, nodes)[0].time.seconds for nodes in (1, 2, 4)]

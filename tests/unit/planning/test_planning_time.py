@@ -201,3 +201,26 @@ def test_lengths_are_cut_at_the_longest_and_keep_their_mean() -> None:
     assert max(lengths) == 150
     assert statistics.mean(lengths) == pytest.approx(100, rel=1e-3)
     assert set(response_lengths(5, 7, 7, 1.0)) == {7}
+
+
+def test_what_is_drawn_beside_learning_is_scored_as_it_is_finished_too(
+    workload: Make, shape: ModelShape, hardware: Hardware, assume: Assumptions
+) -> None:
+    """Frozen models alone: the learners score when the batch comes to them (driver/pacing.py)."""
+    slow = {"reference": Role("reference", shape, 1, copies=1000)}
+    made = timed(workload(slow, overlap=True), hardware, assume)
+    drawn = made.phases["generate"] + made.by_role["score"]["reference"] - 0.5 * made.phases["generate"]
+    assert made.seconds == pytest.approx(drawn + made.phases["publish"])
+
+
+def test_overlap_waits_for_devices_that_both_sides_share(
+    workload: Make, shape: ModelShape, hardware: Hardware, assume: Assumptions
+) -> None:
+    """A reference that takes turns with the policy scores the next batch before or after this one is learned from."""
+    slow = {"reference": Role("reference", shape, 1, copies=1000)}
+    made = timed(workload(slow, overlap=True, shared=(("policy", "reference"),)), hardware, assume)
+    score, update = made.by_role["score"], made.by_role["update"]
+    turns = score["policy"] + score["reference"] + update["policy"]
+    drawn = made.phases["generate"] + score["reference"] - 0.5 * made.phases["generate"]
+    assert made.seconds == pytest.approx(max(turns, drawn) + made.phases["publish"] + made.phases["move"])
+    assert turns > drawn
