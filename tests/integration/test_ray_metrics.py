@@ -37,16 +37,16 @@ sink.write({"stage": "ppo", "arm": "ppo_ptx", **dict.fromkeys(metrics, 1.0), "st
 sink.write({"stage": "ppo", "arm": "ppo_ptx", "step": 2, "reward/mean": 1.5, "kl/mean": float("nan"), "text": "x"})
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-deadline, text, seen = time.monotonic() + 60, "", None
-# Ray's own come from another process, at another time; and the agent forgets what nobody says again for two seconds.
-while time.monotonic() < deadline and not (seen and time.monotonic() > seen + 5):
+deadline, text = time.monotonic() + 80, ""
+# Ray's own come from another process, at another time; and the agent forgets after a while what nobody says again.
+while time.monotonic() < deadline and not (
+    "ray_rayrlhf_step" in text and "ray_node_mem_used" in text and '="reward"' not in text
+):
     time.sleep(0.3)
     try:
         text = urllib.request.urlopen(url, timeout=5).read().decode()
     except OSError:
         pass
-    if "ray_rayrlhf_step" in text and "ray_node_mem_used" in text:
-        seen = seen or time.monotonic()
 sink.close()
 print(text)
 """
