@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,7 @@ def run_ranks(work: Callable[[int, int, int, str], None], world: int, folder: Pa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = mp.spawn(work, args=(world, port, str(folder)), nprocs=world, join=False)
+    ranks = mp.spawn(_rank, args=(work, world, port, str(folder)), nprocs=world, join=False)
     deadline = time.monotonic() + patience_s
     try:
         while not ranks.join(timeout=1.0):
@@ -25,3 +28,13 @@ def run_ranks(work: Callable[[int, int, int, str], None], world: int, folder: Pa
     finally:
         for process in ranks.processes:
             process.kill()
+
+
+def _rank(rank: int, work: Callable[[int, int, int, str], None], world: int, port: int, folder: str) -> None:
+    faulthandler.enable()  # a rank that aborts says where
+    work(rank, world, port, folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's end: gloo's threads are still about, and one that meets the other rank's closed
+    # connection there aborts the process, with all its work done.
+    os._exit(0)

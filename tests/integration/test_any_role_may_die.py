@@ -17,13 +17,14 @@ from tests.integration.test_resume import arguments, learned, whole
 __all__ = ["whole"]
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-# Who is killed, what it is called in the run's records, and in which calls that may be.
+# Who is killed, what it is called in the run's records, and in which calls that may be. The learners are restored after
+# the policy's death, so the value model may meet its own there.
 DEATHS = {
     "RolloutActor": ("rollout-0", {"generate", "load_bucket", "verify"}),
     "RewardActor": ("reward", {"score"}),
     "ReferenceActor": ("reference", {"score"}),
     "PolicyActor": ("policy", {"score", "estimate", "update", "start_publish", "probe", "save", "save_state"}),
-    "ValueActor": ("value", {"score", "update", "save", "save_state"}),
+    "ValueActor": ("value", {"load_state", "score", "update", "save", "save_state"}),
 }
 
 
