@@ -1,8 +1,8 @@
 """A long PPO in which somebody dies or hangs every few steps, beside the same run in peace.
 
-    python -m tests.soak [--steps 200] [--seeds 0,1,2] [--every 5] [--output runs/soak]
+    python -m tests.soak [--steps 200] [--seeds 0,1,2] [--every 5] [--output runs/soak] [--one-world]
 
-Both are deterministic, so nothing may differ: not one number of a step's record (but how long things took), not one
+With `--one-world` the seeds are those of the faults alone, and one run in peace is enough for all of them. Both are deterministic, so nothing may differ: not one number of a step's record (but how long things took), not one
 weight. The ledger must be clean, and nothing may be left of the run: no process, no shared memory; the driver holds no
 more files at its end than at its start. Prints a table and, as its last line, JSON.
 """
@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -207,7 +207,13 @@ def ppo_command(sft: str, reward: str, folder: Path, steps: int, seed: int) -> l
     ]
 
 
-def main(steps: int = 200, seeds: str = "0,1,2", every: int = 5, output: Path = Path("runs/soak")) -> None:
+def main(
+    steps: int = 200,
+    seeds: str = "0,1,2",
+    every: int = 5,
+    output: Path = Path("runs/soak"),
+    one_world: Annotated[bool, typer.Option("--one-world", help="Seeds are of the faults alone.")] = False,
+) -> None:
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     sft, reward = ready_models(output)
@@ -215,10 +221,12 @@ def main(steps: int = 200, seeds: str = "0,1,2", every: int = 5, output: Path = 
     rows = []
     for seed in map(int, seeds.split(",")):
         # Outputs of their own: the same run in the same place would be done already.
-        one, other = output / "peace" / f"seed-{seed}", output / "faults" / f"seed-{seed}"
-        with started(ppo_command(sft, reward, one, steps, seed), output / f"peace-{seed}.log") as process:
-            assert process.wait(3600) == 0
-        report = soak(ppo_command(sft, reward, other, steps, seed), other, steps, every, seed, output / f"{seed}.log")
+        world = 0 if one_world else seed
+        one, other = output / "peace" / f"seed-{world}", output / "faults" / f"seed-{seed}"
+        if _steps_of(one) < steps:
+            with started(ppo_command(sft, reward, one, steps, world), output / f"peace-{world}.log") as process:
+                assert process.wait(3600) == 0
+        report = soak(ppo_command(sft, reward, other, steps, world), other, steps, every, seed, output / f"{seed}.log")
         audit = subprocess.run([sys.executable, "-m", "rayrlhf.cli", "audit", str(other)], check=False)
         rewards = [records(folder)[-1]["reward/mean"] for folder in (one, other)]
         differences = same_numbers(one, other)
@@ -243,6 +251,7 @@ def main(steps: int = 200, seeds: str = "0,1,2", every: int = 5, output: Path = 
                 "left": report.left,
             }
         )
+        print(json.dumps(rows[-1]), flush=True)
     Console().print(table)
     print(json.dumps(rows))
     bad = [row for row in rows if row["differences"] or row["audit"] or row["left"]]
