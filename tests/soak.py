@@ -2,7 +2,9 @@
 
     python -m tests.soak [--steps 200] [--seeds 0,1,2] [--every 5] [--output runs/soak] [--one-world]
 
-With `--one-world` the seeds are those of the faults alone, and one run in peace is enough for all of them. Both are deterministic, so nothing may differ: not one number of a step's record (but how long things took), not one
+With `--one-world` the seeds are those of the faults alone, and one run in peace is enough for all of them.
+
+Both are deterministic, so nothing may differ: not one number of a step's record (but how long things took), not one
 weight. The ledger must be clean, and nothing may be left of the run: no process, no shared memory; the driver holds no
 more files at its end than at its start. Prints a table and, as its last line, JSON.
 """
