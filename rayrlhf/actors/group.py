@@ -263,14 +263,19 @@ def explain(error: BaseException | None, where: str, log: str) -> BaseException:
     return ActorError(f"{where}: {detail[0]}", hint)
 
 
-async def fetched(handle: Any, what: str) -> Any:
+async def fetched(handle: Any, what: str, timeout_s: float) -> Any:
     """What a handle stands for.
 
     Raises:
         DataLost: it is gone.
+        ActorTimeout: it does not come.
     """
     try:
-        return await handle
+        return await asyncio.wait_for(_as_future(handle), timeout_s)
+    except TimeoutError:
+        raise ActorTimeout(
+            f"{what} did not come from where they are within {timeout_s:g} s", "raise cluster.call_timeout_s"
+        ) from None
     except RayError as error:
         raise DataLost(
             f"{what} went with the node that held them ({type(error).__name__})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.roles import UpdateRecord
 from rayrlhf.driver.protocols import ExperienceBatch, Handle, ScoredBatch
 from rayrlhf.engines.snapshot import ADAM, GRADIENTS, WEIGHTS, WEIGHTS_AFTER
+from rayrlhf.errors import ActorTimeout
 from rayrlhf.evaluation.agreement import Recipe, RecordedLearner, RecordedStep, Role, Row, compare_step
 from rayrlhf.types import Scores
 
@@ -47,24 +49,41 @@ class Snapshot:
 
 
 async def verify(
-    snapshot: Snapshot, batch: ScoredBatch, experience: ExperienceBatch, text: Handle | None, log: str, threads: int
+    snapshot: Snapshot,
+    batch: ScoredBatch,
+    experience: ExperienceBatch,
+    text: Handle | None,
+    log: str,
+    threads: int,
+    timeout_s: float,
 ) -> list[Row]:
     """Take the step again in a process of its own. It asks for no CPU of the cluster, since every role waits for it.
 
     Args:
         text: int32 [blocks, L], all pretraining text there is; None without PPO-ptx.
+
+    Raises:
+        ActorLost, ActorTimeout: its process is gone, or too slow; it can be asked again.
     """
     environment = RolePlacement(LOG, 1, 0, 0, threads).environment()
     actor = ray.remote(_ReferenceTrainer).options(num_cpus=0, runtime_env={"env_vars": environment}).remote(log)
     chunks = (*batch.rollouts.handles, *batch.scores, *experience.handles)
     counts = len(batch.rollouts.handles), len(batch.scores)
     try:
-        rows: list[Row] = await actor.compare.remote(snapshot, threads, counts, text, *chunks)
-        return rows
+        asked = _answer(actor.compare.remote(snapshot, threads, counts, text, *chunks))
+        return await asyncio.wait_for(asked, timeout_s)
+    except TimeoutError:
+        raise ActorTimeout(
+            f"the reference trainer did not finish within {timeout_s:g} s", "raise cluster.call_timeout_s"
+        ) from None
     except RayError as error:
         raise explain(error, "the reference trainer failed", LOG) from None
     finally:
         ray.kill(actor)
+
+
+async def _answer(rows: Any) -> list[Row]:
+    return list(await rows)
 
 
 class _ReferenceTrainer(Actor):

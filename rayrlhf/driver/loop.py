@@ -20,7 +20,6 @@ The driver holds handles, ids and scalars; tokens go from actor to actor.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from rayrlhf.driver.protocols import (
     Learners,
     Ledger,
     MetricSink,
-    RolloutBatch,
     RolloutPool,
     ScoredBatch,
     Scorers,
@@ -40,6 +38,7 @@ from rayrlhf.driver.protocols import (
 )
 from rayrlhf.errors import ActorError, ActorLost, DataLost, RayRLHFError, Stopped, TrainingError, WeightSyncError
 from rayrlhf.metrics.clock import StepClock
+from rayrlhf.metrics.throughput import throughput
 from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
 __all__ = ["Pacing", "Parts", "run_ppo"]
@@ -79,8 +78,8 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
     Raises:
         Stopped: `parts.stop` was set; responses under way are dropped, a step that learns is ended, then all is saved.
         ActorLost, DataLost: what learns, or what it was to learn from, is gone; go on from a checkpoint.
-        ActorError, TrainingError, WeightSyncError: no more batches can be had; saved, unless it was the learning that
-            failed, or the publish.
+        ActorError, TrainingError, WeightSyncError: no more batches can be had, or no engine takes the weights; what has
+            been learned is saved.
     """
     clock, metrics = parts.clock, dict[str, float]()
     await parts.weights.publish(version=step)  # the engines prove that they hold the policy before they sample
@@ -93,7 +92,7 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             with clock.phase("update"):
                 report = await parts.learners.update(experience, step)
             with clock.phase("publish"):
-                published = await parts.weights.publish(version=step + 1)
+                published, failed = await _publish(parts, step + 1)
             step += 1
             parts.ledger.step(step, batch)
             record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
@@ -102,16 +101,28 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             parts.sink.write_samples(step, experience.samples)
             record |= await parts.gauges()
             times = clock.end_step()
-            parts.sink.write(record | times | _throughput(batch.rollouts, times))
+            parts.sink.write(record | times | throughput(batch.rollouts.infos, batch.rollouts.seconds, times))
             clock.start_step()
             metrics = report.metrics
             with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
-                await _save(parts, step, kl.coef, metrics)
+                await _save(parts, step, kl.coef, metrics, due=failed is not None)
+            if failed:
+                raise failed
     if parts.stop.is_set():
         await _save(parts, step, kl.coef, metrics, due=True)
         done = f"after step {step}, which is saved" if step else "before the first step"
         raise Stopped(f"stopped {done}", "go on with --resume")
     return step
+
+
+async def _publish(parts: Parts, version: int) -> tuple[Publication, RayRLHFError | None]:
+    """What was published, and what ends the run once the step is saved: its learning was sound."""
+    try:
+        return await parts.weights.publish(version), None
+    except (ActorLost, DataLost):
+        raise
+    except (ActorError, WeightSyncError) as failed:
+        return Publication(version), failed
 
 
 async def _next(
@@ -153,7 +164,7 @@ def _publish_metrics(published: Publication) -> dict[str, Any]:
         "memory/rollout_gib": published.memory_gib,
         "weights/publish_s": published.seconds,
         **{f"weights/{part}_s": getattr(published, f"{part}_s") for part in PUBLISH_PARTS},
-        "weights/gib_per_s": published.nbytes / 2**30 / (published.gather_s + published.transfer_s),
+        "weights/gib_per_s": published.nbytes / 2**30 / ((published.gather_s + published.transfer_s) or 1.0),
         "weights/quarantined": len(published.quarantined),
         "weights/quarantine_reasons": published.quarantined,
     }
@@ -172,16 +183,3 @@ def _staleness(batch: ScoredBatch, limit: int) -> dict[str, float]:
             "this is a mistake of the pacing, not of the config: please report it",
         )
     return {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))}
-
-
-def _throughput(rollouts: RolloutBatch, times: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of sampling and of learning, and how long a step's sampling waited for its longest 2 %."""
-    finished = sorted(info.seconds for info in rollouts.infos)
-    waited = finished[-1] - finished[math.ceil(0.98 * len(finished)) - 1]
-    sampled, update = sum(info.response_tokens for info in rollouts.infos), times["time/update_s"]
-    return {
-        "throughput/rollout_tokens_per_s": sampled / rollouts.seconds if rollouts.seconds else 0.0,
-        "throughput/train_tokens_per_s": sum(info.tokens for info in rollouts.infos) / update if update else 0.0,
-        "rollout/seconds": rollouts.seconds,
-        "rollout/tail_share": waited / times["time/step_s"],
-    }

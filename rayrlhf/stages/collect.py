@@ -55,7 +55,9 @@ async def _collect(context: StageContext, sft: str, workspace: Path) -> dict[str
             progress.phase("sampling")
             batches = await sample(pool, requests, lambda done, total: progress.step(done, total, {}))
             memory = await roles.memory()
-            found = answers(context.data.tokenizer, await fetch_rollouts(batches))
+            found = answers(
+                context.data.tokenizer, await fetch_rollouts(batches, context.config.cluster.call_timeout_s)
+            )
             roles.keep_for("ppo")
         finally:
             await roles.stop()

@@ -156,18 +156,21 @@ class _Evaluation:
         requests = self._requests(1, "eval")
         batches = await sample(pool, requests, lambda done, total: None, self.config.eval.temperature)
         scores = await self._score(batches, self.scorers)
-        return _Arm(await fetch_rollouts(batches), scores, batches)
+        return _Arm(await self._fetched(batches), scores, batches)
 
     async def _best_of(self, pool: EnginePool) -> _Arm:
         """Of several responses to a prompt the one that the reward model scores highest."""
         batches = await sample(pool, self._requests(self.config.eval.best_of, "best-of"), lambda done, total: None)
         scores = await self._score(batches, ("reward",))
-        rollouts, chosen = await fetch_rollouts(batches), dict[int, int]()
+        rollouts, chosen = await self._fetched(batches), dict[int, int]()
         for sample_id in sorted(rollouts):
             prompt = rollouts[sample_id].info.prompt_id
             if prompt not in chosen or scores.rewards[sample_id] > scores.rewards[chosen[prompt]]:
                 chosen[prompt] = sample_id
         return _Arm({i: rollouts[i] for i in chosen.values()}, scores, batches)
+
+    async def _fetched(self, batches: Sequence[RolloutBatch]) -> dict[int, Rollout]:
+        return await fetch_rollouts(batches, self.config.cluster.call_timeout_s)
 
     async def _judge_again(self, arms: Mapping[str, _Arm], model: str) -> None:
         """Every response once more, by a reward model that no policy was trained against."""
@@ -179,7 +182,7 @@ class _Evaluation:
         groups, scores = [self.roles.groups[role] for role in roles], Scores()
         for batch in batches:
             for handle in (await score_with(groups, batch, self.roles.replace)).handles:
-                scores.merge(await fetched(handle, "eval: scores"))
+                scores.merge(await fetched(handle, "eval: scores", self.config.cluster.call_timeout_s))
         if scores.failed:
             sample, reason = next(iter(scores.failed.items()))
             raise TrainingError(

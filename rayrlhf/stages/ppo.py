@@ -200,7 +200,7 @@ class _Arm:
         await self.roles.settled()  # a role may have gone with the same node
         while True:
             if isinstance(lost, DataLost):
-                await self.roles.data_lost(lost)
+                await self.roles.again("data of the step", lost)
             elif lost is not None:
                 if lost.role not in self._learners():
                     raise lost
@@ -249,7 +249,7 @@ class _Arm:
 
     def _verified(self, learners: LearnerRoles) -> VerifiedLearners:
         stage, blocks = self.stage, self.stage.text_blocks() if self.config.ppo.ptx.coef else None
-        return VerifiedLearners(self.context, stage.parents, self.roles.groups, learners, blocks, self.progress.phase)
+        return VerifiedLearners(self.context, stage.parents, self.roles, learners, blocks, self.progress.phase)
 
     def _ledger(self) -> Ledger:
         ppo, prompts = self.config.ppo, [p.prompt_id for p in self.context.data.prompts.tokens]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.engines.estimation import EstimateSettings, GapLimits
 from rayrlhf.engines.learning import UpdateSettings
 from rayrlhf.engines.vllm import EngineSettings
-from rayrlhf.errors import ActorError, ActorLost, DataLost
+from rayrlhf.errors import ActorError, ActorLost, ActorTimeout
 from rayrlhf.models.build import context_length, read_config
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.replacements import Replacements
@@ -100,11 +101,20 @@ class RoleSet:
                 await group.respawn(timeout, self._arguments(role))
             else:
                 await group.spawn(self._actors[role], self._arguments(role), timeout)
-            await self._load(role)
+            await self._once_more(role, self._load(role), partial(self._anew, role))
 
         async def start_engines() -> None:
             group, settings = self.groups["rollout"], self._engine_settings()
             logs = [(self._context.log(f"rollout-{rank}"), settings) for rank in range(group.ranks)]
+
+            async def become() -> None:
+                await group.call("start", self._handle, timeout_s=timeout)
+                await group.locate()
+
+            async def anew() -> None:
+                await group.respawn(timeout, logs)
+                await become()
+
             if kept["rollout"]:
                 with suppress(ActorLost):
                     await group.call("hold_prompts", self._handle, timeout_s=timeout)
@@ -112,11 +122,19 @@ class RoleSet:
                 await group.respawn(timeout, logs)
             else:
                 await group.spawn(RolloutActor, logs, timeout)
-            await group.call("start", self._handle, timeout_s=timeout)
-            await group.locate()
+            await self._once_more("rollout", become(), anew)
 
         engines = [start_engines()] if "rollout" in self.groups else []
         await asyncio.gather(*engines, *(start_model(role) for role in MODEL_ROLES if role in self.groups))
+
+    async def _once_more(self, role: str, start: Awaitable[None], anew: Callable[[], Awaitable[None]]) -> None:
+        """A role that dies on its way up is begun anew, as later; one that is too slow would be so again."""
+        try:
+            await start
+        except ActorTimeout:
+            raise
+        except ActorLost as lost:
+            await self._replacements.replace(role, lost, anew)
 
     def _arguments(self, role: str) -> list[tuple[Any, ...]]:
         ranks = range(self.groups[role].ranks)
@@ -135,25 +153,23 @@ class RoleSet:
         Raises:
             ActorError: it has been replaced too often.
         """
-        timeout = self._config.cluster.start_timeout_s
-
-        async def start() -> None:
-            group = self.groups[role]
-            await group.respawn(timeout, self._arguments(role))
-            await self._load(role)
-            if role == "policy" and self._text is not None:
-                await group.call("hold_text", self._text)
-
-        await self._replacements.replace(role, cause, start)
+        await self._replacements.replace(role, cause, partial(self._anew, role))
         if self._pool is not None and role == "policy":
             self._pool.policy_moved()
+
+    async def _anew(self, role: str) -> None:
+        group = self.groups[role]
+        await group.respawn(self._config.cluster.start_timeout_s, self._arguments(role))
+        await self._load(role)
+        if role == "policy" and self._text is not None:
+            await group.call("hold_text", self._text)
 
     async def settled(self) -> None:
         """Wait for roles that are being replaced; raises as `replace` does."""
         await self._replacements.settled()
 
-    async def data_lost(self, cause: DataLost) -> None:
-        """What is made again may be lost again: only so often, as with roles.
+    async def again(self, what: str, cause: ActorError) -> None:
+        """Wait before what was lost is made again: it may be only so often, as with roles.
 
         Raises:
             ActorError: too often.
@@ -162,7 +178,7 @@ class RoleSet:
         async def nothing_to_start() -> None:
             pass
 
-        await self._replacements.replace("data of the step", cause, nothing_to_start)
+        await self._replacements.replace(what, cause, nothing_to_start)
 
     async def _replace_engine(self, rank: int, cause: ActorError) -> None:
         timeout, group = self._config.cluster.start_timeout_s, self.groups["rollout"]

@@ -41,10 +41,10 @@ async def sample(
     return batches
 
 
-async def fetch_rollouts(batches: Sequence[RolloutBatch]) -> dict[int, Rollout]:
-    """The rollouts themselves, by sample_id; raises DataLost when they are gone."""
+async def fetch_rollouts(batches: Sequence[RolloutBatch], timeout_s: float) -> dict[int, Rollout]:
+    """The rollouts themselves, by sample_id; raises as `fetched` does when they cannot be had."""
     handles = [handle for batch in batches for handle in batch.handles]
-    chunks: list[list[Rollout]] = [await fetched(handle, "responses") for handle in handles]
+    chunks: list[list[Rollout]] = [await fetched(handle, "responses", timeout_s) for handle in handles]
     return {rollout.info.sample_id: rollout for chunk in chunks for rollout in chunk}
 
 

@@ -16,20 +16,24 @@ from typing import Any
 import numpy as np
 import ray
 
-from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.roles import LearnerRoles
 from rayrlhf.actors.verification import Snapshot, verify
 from rayrlhf.config import Config
 from rayrlhf.driver.protocols import ExperienceBatch, ScoredBatch
-from rayrlhf.errors import TrainingError
+from rayrlhf.errors import ActorLost, TrainingError
 from rayrlhf.evaluation.agreement import Recipe, Row
 from rayrlhf.metrics.sinks import to_json
 from rayrlhf.models.build import NORMALISATION_KEY, read_config
 from rayrlhf.stages.context import StageContext
+from rayrlhf.stages.roles import RoleSet
 from rayrlhf.stages.summary import show_agreement
 from rayrlhf.types import StepReport
 
 __all__ = ["VerifiedLearners"]
+
+LEARNERS = ("policy", "value")
+# In logs/ and in what is told of losses.
+WHO = "reference-trainer"
 
 
 class VerifiedLearners:
@@ -39,7 +43,7 @@ class VerifiedLearners:
         self,
         context: StageContext,
         parents: Mapping[str, str],
-        groups: Mapping[str, ActorGroup],
+        roles: RoleSet,
         learners: LearnerRoles,
         blocks: np.ndarray | None,
         phase: Callable[[str], None],
@@ -48,7 +52,7 @@ class VerifiedLearners:
         assert context.verify_step is not None
         self._context = context
         self._parents = parents
-        self._groups = {role: groups[role] for role in ("policy", "value")}
+        self._roles = roles
         self._learners = learners
         self._text = None if blocks is None else ray.put(blocks)
         self._phase = phase
@@ -81,8 +85,8 @@ class VerifiedLearners:
 
     async def _record(self, method: str) -> dict[str, Any]:
         """Both learners at once, into a folder each; what rank 0 of each returns."""
-        calls = [group.call(method, str(self._folder / role)) for role, group in self._groups.items()]
-        return {role: ranks[0] for role, ranks in zip(self._groups, await asyncio.gather(*calls), strict=True)}
+        calls = [self._roles.groups[role].call(method, str(self._folder / role)) for role in LEARNERS]
+        return {role: ranks[0] for role, ranks in zip(LEARNERS, await asyncio.gather(*calls), strict=True)}
 
     async def _compare(
         self,
@@ -103,9 +107,13 @@ class VerifiedLearners:
             trust_remote_code=config.model.trust_remote_code,
             recipe=_recipe(config, kl_coef, reward),
         )
-        policy = config.cluster.policy
-        log = self._context.log("reference-trainer")
-        return await verify(snapshot, batch, experience, self._text, log, policy.threads * policy.ranks)
+        policy, limit = config.cluster.policy, config.cluster.call_timeout_s
+        log, threads = self._context.log(WHO), policy.threads * policy.ranks
+        while True:
+            try:
+                return await verify(snapshot, batch, experience, self._text, log, threads, limit)
+            except ActorLost as lost:
+                await self._roles.again(WHO, lost)
 
     def _report(self, rows: Sequence[Row], seconds: float) -> None:
         dtype = self._context.config.model.dtype

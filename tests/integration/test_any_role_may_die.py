@@ -55,15 +55,21 @@ def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
         assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
-def test_a_role_that_hangs_is_found_shows_its_stack_and_is_replaced(finished: FinishedRun, tmp_path: Path) -> None:
+def test_a_role_that_dies_on_its_way_up_is_replaced_and_one_that_hangs_is_found_and_shows_its_stack(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
     run = arguments(finished, tmp_path, "hangs", "cluster.recovery.hang_floor_s=4")
     folder, log = tmp_path / "hangs", tmp_path / "log"
     with started(["ppo", *run], log) as process:
+        send_within(process.pid, "ReferenceActor", "start", signal.SIGKILL)
         wait_until((folder / "checkpoints" / "step-000001").exists, process)  # calls have come back by now
         send_within(process.pid, "RolloutActor", "generate", signal.SIGSTOP)
         wait_until(lambda: replaced(folder, "rollout-0"), process)
         assert process.wait(200) == 0, log.read_text()
-    (cause,) = [r["cause"] for r in recoveries(folder) if r["event"] == "lost"]
+    lost = {r["who"]: r["cause"] for r in recoveries(folder) if r["event"] == "lost"}
+    assert lost.keys() == {"reference", "rollout-0"}
+    assert lost["reference"] == "reference rank 0 failed in start: the actor died"
+    cause = lost["rollout-0"]
     assert "rollout rank 0 did not finish generate within" in cause
     assert "it is in File" in cause
     assert "vllm" in cause

@@ -74,4 +74,9 @@ def test_data_that_is_gone_is_one_message():
         raise ObjectLostError("00ff", None, "")
 
     with pytest.raises(DataLost, match=r"eval: scores went with the node that held them \(ObjectLostError\)"):
-        asyncio.run(fetched(gone(), "eval: scores"))
+        asyncio.run(fetched(gone(), "eval: scores", 1.0))
+
+
+def test_data_that_does_not_come_is_one_message():
+    with pytest.raises(ActorTimeout, match=r"eval: scores did not come from where they are within 0\.05 s"):
+        asyncio.run(fetched(asyncio.sleep(9), "eval: scores", 0.05))

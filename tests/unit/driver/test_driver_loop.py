@@ -10,10 +10,10 @@ from driver_fakes import KL, World
 
 from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.checkpoint.ledger import Accounted
-from rayrlhf.driver.loop import _throughput, run_ppo
+from rayrlhf.driver.loop import run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
-from rayrlhf.driver.protocols import RolloutBatch
-from rayrlhf.errors import ActorError, ActorLost, DataLost, Stopped, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, DataLost, Stopped, TrainingError, WeightSyncError
+from rayrlhf.metrics.throughput import throughput
 from rayrlhf.types import RolloutInfo
 
 BATCH = 3
@@ -183,7 +183,7 @@ def test_an_error_in_any_part_ends_the_run_at_once(phase, fail_at):
 def test_the_tail_is_what_a_step_waited_for_its_longest_2_percent():
     finished = [RolloutInfo(i, i, 10, 4, False, 0, seconds=float(i)) for i in range(1, 101)]
     times = {"time/update_s": 0.0, "time/step_s": 200.0}
-    figures = _throughput(RolloutBatch(tuple(finished), (), 100.0), times)
+    figures = throughput(finished, 100.0, times)
     assert figures["rollout/tail_share"] == (100 - 98) / 200
     assert figures["throughput/train_tokens_per_s"] == 0.0
 
@@ -220,9 +220,11 @@ def test_a_failed_update_is_neither_published_nor_saved_nor_written():
         ("learning", ActorLost("the policy died"), False),
         ("update", ActorError("a bug"), False),
         ("publish", DataLost("its node is gone"), False),
+        ("publish", ActorError("rollout-0 was lost too often"), True),
+        ("publish", WeightSyncError("no engine could be verified"), True),
     ],
 )
-def test_when_no_more_batches_can_be_had_what_was_learned_is_saved_unless_it_is_a_learner_that_is_lost(
+def test_when_a_run_cannot_go_on_what_was_learned_is_saved_unless_it_is_a_learner_that_is_lost(
     phase: str, error: Exception, saved: bool
 ):
     class Breaks(World):
@@ -237,6 +239,9 @@ def test_when_no_more_batches_can_be_had_what_was_learned_is_saved_unless_it_is_
     dues = [due for *_, due in named(world, "save")]
     steps = 1 if phase == "publish" else 2  # the first publish comes before the first step
     assert dues == [False] * steps + [True] * saved
+    if phase == "publish" and saved:  # the step is done, records and all
+        assert [record["step"] for record in world.records] == [1, 2]
+        assert world.log[-1] == ("ledger checkpoint", 2)
 
 
 def test_no_steps_publish_once_and_write_nothing():

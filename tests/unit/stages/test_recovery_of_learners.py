@@ -127,8 +127,8 @@ class Roles:
     async def settled(self) -> None:
         self.log.append("settled")
 
-    async def data_lost(self, cause: DataLost) -> None:
-        self.log.append("data lost")
+    async def again(self, what: str, cause: ActorError) -> None:
+        self.log.append(f"again: {what}")
 
 
 class Arm(ppo._Arm):
@@ -194,4 +194,4 @@ def test_before_a_step_is_done_again_all_that_is_being_replaced_is_there():
 def test_lost_data_counts_towards_a_budget():
     arm = Arm()
     arm.outcomes = {"loop": [DataLost("its node is gone")], "resume": [CHECKPOINT]}
-    assert arm.until_done() == ["loop", "settled", "data lost", "resume", "loop", "save"]
+    assert arm.until_done() == ["loop", "settled", "again: data of the step", "resume", "loop", "save"]

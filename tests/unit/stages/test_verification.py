@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import rayrlhf.stages.verification
 from rayrlhf.actors.roles import UpdateRecord
 from rayrlhf.config import load_config
 from rayrlhf.driver.protocols import ExperienceBatch, RolloutBatch, ScoredBatch
-from rayrlhf.errors import ConfigError, TrainingError
+from rayrlhf.errors import ActorError, ActorLost, ConfigError, TrainingError
 from rayrlhf.evaluation.agreement import Row
 from rayrlhf.models.build import NORMALISATION_KEY
 from rayrlhf.stages.preflight import check_verify_step
@@ -93,15 +94,23 @@ def reward(tmp_path: Path) -> Path:
     return folder
 
 
-def run(rows: list[Row], folder: Path, reward: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], Any]:
+def run(
+    rows: list[Row], folder: Path, reward: Path, monkeypatch: pytest.MonkeyPatch, lost: Sequence[ActorError] = ()
+) -> tuple[list[str], Any]:
     """Three steps of a run that compares the second: (who was called, what the reference was given)."""
     notes: list[str] = []
     given: list[Any] = []
+    errors = list(lost)
 
     async def verify(*arguments: Any) -> list[Row]:
         notes.append("verify")
         given.append(arguments)
+        if errors:
+            raise errors.pop()
         return rows
+
+    async def again(what: str, cause: ActorError) -> None:
+        notes.append(f"{what}: {cause.message}")
 
     monkeypatch.setattr(rayrlhf.stages.verification, "verify", verify)
     console = Console(file=open(folder / "console.txt", "w", encoding="utf-8"), width=120)  # noqa: SIM115
@@ -111,7 +120,8 @@ def run(rows: list[Row], folder: Path, reward: Path, monkeypatch: pytest.MonkeyP
     groups: Any = {role: Group(role, notes) for role in ("policy", "value")}
     learners: Any = Learners(notes)
     parents = {"sft": "the sft model", "reward": str(reward)}
-    verified = VerifiedLearners(context, parents, groups, learners, None, lambda phase: None)
+    roles: Any = SimpleNamespace(groups=groups, again=again)
+    verified = VerifiedLearners(context, parents, roles, learners, None, lambda phase: None)
 
     async def steps() -> None:
         for step in range(3):
@@ -155,6 +165,14 @@ def test_a_step_is_compared_again_after_an_attempt_in_which_a_learner_was_lost(
     (tmp_path / "verify-step-2" / "policy" / "left").touch()
     run([Row("values", 1e-6, 1e-4, "absolute", None)], tmp_path, reward, monkeypatch)
     assert not (tmp_path / "verify-step-2").exists()
+
+
+def test_a_reference_trainer_that_is_lost_is_asked_again(
+    tmp_path: Path, reward: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row("values", 1e-6, 1e-4, "absolute", None)]
+    notes, _ = run(rows, tmp_path, reward, monkeypatch, [ActorLost("its process died")])
+    assert notes[-4:] == ["verify", "reference-trainer: its process died", "verify", "update 2"]
 
 
 def test_a_difference_stops_the_run_names_the_first_and_keeps_the_snapshot(

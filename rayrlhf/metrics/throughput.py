@@ -1,0 +1,29 @@
+"""How fast a step was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rayrlhf.types import RolloutInfo
+
+__all__ = ["throughput"]
+
+
+def throughput(infos: Sequence[RolloutInfo], seconds: float, times: Mapping[str, float]) -> dict[str, float]:
+    """Tokens per second of sampling and of learning, and how long a step's sampling waited for its longest 2 %.
+
+    Args:
+        infos: the step's responses.
+        seconds: that sampling them took.
+        times: of the step's phases, as `StepClock.end_step` gives them.
+    """
+    finished = sorted(info.seconds for info in infos)
+    waited = finished[-1] - finished[math.ceil(0.98 * len(finished)) - 1]
+    sampled, update = sum(info.response_tokens for info in infos), times["time/update_s"]
+    return {
+        "throughput/rollout_tokens_per_s": sampled / seconds if seconds else 0.0,
+        "throughput/train_tokens_per_s": sum(info.tokens for info in infos) / update if update else 0.0,
+        "rollout/seconds": seconds,
+        "rollout/tail_share": waited / times["time/step_s"],
+    }
