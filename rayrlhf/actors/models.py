@@ -128,7 +128,9 @@ class _ModelActor(Actor):
 class ReferenceActor(_ModelActor):
     def _load(self) -> FrozenModel:
         s = self.settings
-        return FrozenModel(load_policy(s.path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
+        return FrozenModel(
+            load_policy(s.path, s.trust_remote_code, zero_stage=s.zero_stage), s.zero_stage, s.dtype, s.device
+        )
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         s = self.settings
@@ -139,7 +141,9 @@ class ReferenceActor(_ModelActor):
 class RewardActor(_ModelActor):
     def _load(self) -> FrozenModel:
         s = self.settings
-        return FrozenModel(load_scalar(s.path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
+        return FrozenModel(
+            load_scalar(s.path, s.trust_remote_code, zero_stage=s.zero_stage), s.zero_stage, s.dtype, s.device
+        )
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         return score_rewards(self.engine, rollouts, spare, self.settings.cutting)
@@ -203,7 +207,7 @@ class ValueActor(_LearnerActor):
     def _load(self) -> Learner:
         s = self.settings
         assert s.learner is not None
-        return Learner(load_scalar(s.path, s.trust_remote_code), s.learner)
+        return Learner(load_scalar(s.path, s.trust_remote_code, zero_stage=s.zero_stage), s.learner)
 
     def _score(self, rollouts: list[Rollout], spare: Rollout) -> Scores:
         return score_values(self.engine, rollouts, spare, self.settings.cutting)
@@ -250,7 +254,7 @@ class PolicyActor(_LearnerActor):
     def _load(self) -> Learner:
         s = self.settings
         assert s.learner is not None
-        learner = Learner(load_policy(s.path, s.trust_remote_code), s.learner)
+        learner = Learner(load_policy(s.path, s.trust_remote_code, zero_stage=s.zero_stage), s.learner)
         if self._sender is None and (learner.rank == 0 or TRANSPORTS[s.transport].every_rank):
             self._sender = create_sender(s.transport, s.run)
         if self._tokenizer is None and (learner.rank == 0 or s.judge):

@@ -54,7 +54,9 @@ class EnsembleActor(RewardActor):
     def _load(self) -> FrozenModel:
         s, source = self.settings, _source_of(self.settings)
         self._members = [
-            FrozenModel(load_scalar(path, s.trust_remote_code), s.zero_stage, s.dtype, s.device)
+            FrozenModel(
+                load_scalar(path, s.trust_remote_code, zero_stage=s.zero_stage), s.zero_stage, s.dtype, s.device
+            )
             for path in source.members
         ]
         return self._members[0]
@@ -141,7 +143,7 @@ class FreshValueActor(ValueActor):
     def _load(self) -> Learner:
         s = self.settings
         assert s.learner is not None
-        return Learner(zero_scalar(s.path, s.trust_remote_code), s.learner)
+        return Learner(zero_scalar(s.path, s.trust_remote_code, zero_stage=s.zero_stage), s.learner)
 
 
 def _enter(scores: Scores, samples: Sequence[int], found: Sequence[Outcome]) -> None:

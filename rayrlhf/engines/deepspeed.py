@@ -25,6 +25,7 @@ from rayrlhf.errors import TrainingError
 from rayrlhf.models.attention import use_attention
 from rayrlhf.models.build import checkpoint_activations
 from rayrlhf.models.residence import Part, Residence, tensors_within, weights_of
+from rayrlhf.models.sharding import shard
 from rayrlhf.weights.buckets import bucket_plan
 from rayrlhf.weights.names import publish_names
 
@@ -108,7 +109,9 @@ class FrozenModel(_Engine):
         if zero_stage == 3:
             import deepspeed
 
-            engine, *_ = deepspeed.initialize(model=module, config=_base_config(3, dtype))
+            config = _base_config(3, dtype)
+            shard(module, config, dtype)
+            engine, *_ = deepspeed.initialize(model=module, config=config)
             self.module, self._call = engine.module, engine
         else:
             for parameter in module.parameters():
@@ -131,6 +134,8 @@ class Learner(_Engine):
         asks_for_zero = bool(settings.deepspeed.get("zero_optimization"))
         self.zero_stage = zero_stage_in_use(settings.zero_stage, settings.dtype, self.world_size, asks_for_zero)
         config = _learner_config(settings, self.zero_stage)
+        if self.zero_stage == 3:
+            shard(module, config, settings.dtype)
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=list(module.parameters()), config=config)
         self.module, self._call = self.engine.module, self.engine
         # With no one to reduce with, DeepSpeed would copy the whole gradient twice. Only stage 0 can do without.

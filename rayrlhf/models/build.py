@@ -27,6 +27,7 @@ from rayrlhf.errors import ModelError
 from rayrlhf.models.attention import rows_for
 from rayrlhf.models.folder import check_weights
 from rayrlhf.models.logprobs import token_logprobs
+from rayrlhf.models.sharding import empty_model, reads_weights
 
 __all__ = [
     "PolicyModel",
@@ -208,62 +209,78 @@ def has_residual_dropout(config: PretrainedConfig) -> bool:
     return hasattr(config, "resid_pdrop")
 
 
-def load_policy(path: str, trust_remote_code: bool, residual_dropout: float = 0.0) -> PolicyModel:
-    """A causal LM in float32 (the engine casts); dropout everywhere 0 but where `residual_dropout` asks for it."""
+def load_policy(
+    path: str, trust_remote_code: bool, residual_dropout: float = 0.0, *, zero_stage: int = 0
+) -> PolicyModel:
+    """A causal LM in float32 (the engine casts); dropout everywhere 0 but where `residual_dropout` asks for it.
+
+    Args:
+        zero_stage: of the engine that gets the model. Under 3 all ranks but the first come away with empty parameters.
+    """
     config = _without_dropout(read_config(path, trust_remote_code))
     if residual_dropout:
         if not has_residual_dropout(config):
             raise ModelError(f"{path}: a {config.model_type} model has no residual dropout", "set sft.dropout=0")
         config.resid_pdrop = residual_dropout
-    return PolicyModel(_load(AutoModelForCausalLM, path, config, trust_remote_code))
+    return PolicyModel(_load(AutoModelForCausalLM, path, config, trust_remote_code, zero_stage)[0])
 
 
-def load_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
-    """A reward or value model with its head, in float32."""
+def load_scalar(path: str, trust_remote_code: bool, *, zero_stage: int = 0) -> ScalarModel:
+    """A reward or value model with its head, in float32; `zero_stage` as of `load_policy`."""
     config = _without_dropout(read_config(path, trust_remote_code))
-    classifier, info = _load(
-        AutoModelForSequenceClassification, path, config, trust_remote_code, output_loading_info=True
-    )
-    if missing := sorted(k for k in info["missing_keys"] if k.startswith("score")):
-        raise ModelError(f"{path}: the model has no trained reward head ({', '.join(missing)} missing)")
+    classifier, missing = _load(AutoModelForSequenceClassification, path, config, trust_remote_code, zero_stage)
+    if heads := sorted(key for key in missing if key.startswith("score")):
+        raise ModelError(f"{path}: the model has no trained reward head ({', '.join(heads)} missing)")
     return ScalarModel(classifier)
 
 
-def new_scalar(path: str, trust_remote_code: bool, seed: int) -> ScalarModel:
-    """The backbone of `path` under a fresh head with weights from N(0, 1 / (D + 1)) (Stiennon et al. 2020)."""
+def new_scalar(path: str, trust_remote_code: bool, seed: int, *, zero_stage: int = 0) -> ScalarModel:
+    """The backbone of `path` under a fresh head with weights from N(0, 1 / (D + 1)) (Stiennon et al. 2020).
+
+    `zero_stage` as of `load_policy`.
+    """
     torch.manual_seed(seed)
-    model = _with_head(path, trust_remote_code)
+    model = _with_head(path, trust_remote_code, zero_stage)
     head: nn.Linear = model.classifier.score
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return model
 
 
-def zero_scalar(path: str, trust_remote_code: bool) -> ScalarModel:
-    """The backbone of `path` under a head of zeros: a value model that expects nothing until it has learned."""
-    model = _with_head(path, trust_remote_code)
+def zero_scalar(path: str, trust_remote_code: bool, *, zero_stage: int = 0) -> ScalarModel:
+    """The backbone of `path` under a head of zeros: a value model that expects nothing until it has learned.
+
+    `zero_stage` as of `load_policy`.
+    """
+    model = _with_head(path, trust_remote_code, zero_stage)
     nn.init.zeros_(model.classifier.score.weight)
     return model
 
 
-def _with_head(path: str, trust_remote_code: bool) -> ScalarModel:
+def _with_head(path: str, trust_remote_code: bool, zero_stage: int) -> ScalarModel:
     config = _without_dropout(read_config(path, trust_remote_code))
     config.num_labels = 1
-    classifier = _load(AutoModelForSequenceClassification, path, config, trust_remote_code)
+    classifier, _ = _load(AutoModelForSequenceClassification, path, config, trust_remote_code, zero_stage)
     model = ScalarModel(classifier)
     model.normalise(0.0, 1.0)  # a model to be trained counts as it is
     return model
 
 
-def _load(kind: Any, path: str, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+def _load(
+    kind: Any, path: str, config: PretrainedConfig, trust_remote_code: bool, zero_stage: int
+) -> tuple[Any, list[str]]:
+    """The model, and which of its parameters the file lacks."""
     check_weights(path)
-    return kind.from_pretrained(
+    if not reads_weights(zero_stage):
+        return empty_model(kind, config, trust_remote_code), []
+    model, info = kind.from_pretrained(
         path,
         config=config,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # a hub's pickled weights are not even fetched
-        **options,
+        output_loading_info=True,
     )
+    return model, list(info["missing_keys"])
 
 
 def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -44,7 +44,7 @@ class RankMemory:
     host: Mapping[str, float] = field(default_factory=dict)
     """in the host's memory, per rank"""
     loading: float = 0.0
-    """in the host's memory while the model is loaded, per rank"""
+    """in the host's memory while the model is read, per rank that reads it"""
 
     @property
     def resident(self) -> float:

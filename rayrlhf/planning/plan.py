@@ -256,13 +256,15 @@ def _warnings(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemor
             f"rollout: the key/value cache holds {time.generation.places} sequences at once, {wanted} are asked for"
         )
     if work.gpu:
-        ranks = {name: min(role.ranks, hardware.per_node) for name, role in work.roles.items()}
+        # Under ZeRO-3 rank 0 alone reads the model.
+        ranks = {n: 1 if r.zero_stage == 3 else min(r.ranks, hardware.per_node) for n, r in work.roles.items()}
         loading = {name: ranks[name] * memory[name].loading for name in work.roles if memory[name].loading}
         name = max(loading, key=lambda n: loading[n])
         if loading[name] > hardware.host_bytes:
             found.append(
-                f"{name}: each rank loads the whole model in float32 into the host's memory, {loading[name] / GIB:.0f} "
-                f"GiB a node, which has {hardware.host_bytes / GIB:.0f}: this version cannot start it so"
+                f"{name}: {'rank 0 reads' if ranks[name] == 1 else 'each rank reads'} the whole model in float32 into "
+                f"the host's memory, {loading[name] / GIB:.0f} GiB a node, which has {hardware.host_bytes / GIB:.0f}: "
+                "this version cannot start it so"
             )
     return found
 

@@ -41,7 +41,7 @@ def _train_on_preferences(job: TrainingJob) -> dict[str, Any]:
     from rayrlhf.supervised.preference import PreferenceTask, checking_first_loss, response_logprobs
 
     assert job.model is not None
-    model = load_policy(job.model, job.trust_remote_code)
+    model = load_policy(job.model, job.trust_remote_code, zero_stage=job.learner.zero_stage)
     learner = Learner(model, job.learner)
     cutting, beta = job.train.cutting, job.extra["beta"]
     if cutting.packed:

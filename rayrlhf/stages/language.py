@@ -102,7 +102,7 @@ def _train_language_model(job: TrainingJob) -> dict[str, Any]:
 
 def _build(job: TrainingJob) -> PolicyModel:
     if job.model is not None:
-        return load_policy(job.model, job.trust_remote_code, job.extra["dropout"])
+        return load_policy(job.model, job.trust_remote_code, job.extra["dropout"], zero_stage=job.learner.zero_stage)
     x = job.extra
     return from_scratch(x["scratch"], x["vocab_size"], x["eos"], x["pad"], job.seed)
 

@@ -79,7 +79,7 @@ def _train_reward_model(job: TrainingJob) -> dict[str, Any]:
     from rayrlhf.supervised.ranking import RankingTask
 
     assert job.model is not None
-    model = new_scalar(job.model, job.trust_remote_code, job.seed)
+    model = new_scalar(job.model, job.trust_remote_code, job.seed, zero_stage=job.learner.zero_stage)
     learner = Learner(model, job.learner)
     if job.train.cutting.packed:
         check_packing(learner, job.learner.dtype)
