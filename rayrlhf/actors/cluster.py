@@ -7,7 +7,9 @@ import math
 import os
 import signal
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 
 import psutil
 import ray
@@ -17,13 +19,15 @@ from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
-__all__ = ["connect", "disconnect", "join"]
+__all__ = ["JOB_VARIABLE", "NodeResources", "connect", "disconnect", "join", "nodes_of"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
 # What Ray sets for the command of a job, and nobody else.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
+# What Ray calls the resource that says which GPUs a node has.
+KIND = "accelerator_type:"
 
 
 def connect(config: Config) -> None:
@@ -62,6 +66,35 @@ def join(address: str | None, namespace: str, cpus: int = 0) -> None:
             f"cluster.address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave cluster.address out to start Ray here",
         ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResources:
+    """What a node has told Ray of itself."""
+
+    gpus: int
+    gpu_kind: str | None
+    host_gib: float
+
+
+def nodes_of(address: str) -> list[NodeResources]:
+    """The nodes of the Ray at `address`, which is left again.
+
+    Raises:
+        ResourceError: no cluster answers.
+    """
+    join(address, "rayrlhf-plan")
+    try:
+        return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+def _node(resources: Mapping[str, float]) -> NodeResources:
+    kinds = [key.removeprefix(KIND) for key in resources if key.startswith(KIND)]
+    memory = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
+    # Some kinds stand there twice, with their memory and without.
+    return NodeResources(int(resources.get("GPU", 0)), max(kinds, key=len, default=None), memory / 2**30)
 
 
 def _knock(address: str) -> None:

@@ -71,7 +71,7 @@ class ActorGroup:
     async def spawn(self, actor_class: type, arguments: Sequence[tuple[Any, ...]], timeout_s: float) -> None:
         """Create one actor per rank once there is room; they start in the background. Call `start` next."""
         await self._room(timeout_s)
-        self._made_of = actor_class, list(arguments)
+        self._made_of = ray.remote(actor_class), list(arguments)  # once: with hundreds of ranks it takes seconds
         self.actors = [self._create(rank) for rank in range(len(arguments))]
 
     async def respawn(
@@ -104,18 +104,14 @@ class ActorGroup:
         actor_class, arguments = self._made_of
         strategy = PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank)
         generation = f".{self._replaced}" if self._replaced else ""  # Ray gives a name free in its own time
-        return (
-            ray.remote(actor_class)
-            .options(
-                name=f"{self.role}-{rank}{generation}",
-                num_cpus=self.placement.cpus,
-                num_gpus=floor(1e4 * self.placement.gpus) / 1e4,  # Ray counts in such parts; thirds must fit in a GPU
-                resources=dict(self.placement.resources),
-                scheduling_strategy=strategy,
-                runtime_env={"env_vars": self.placement.environment()},
-            )
-            .remote(*arguments[rank])
-        )
+        return actor_class.options(
+            name=f"{self.role}-{rank}{generation}",
+            num_cpus=self.placement.cpus,
+            num_gpus=floor(1e4 * self.placement.gpus) / 1e4,  # Ray counts in such parts; thirds must fit in a GPU
+            resources=dict(self.placement.resources),
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": self.placement.environment()},
+        ).remote(*arguments[rank])
 
     async def end(self, rank: int) -> None:
         """Its process, whatever it does."""

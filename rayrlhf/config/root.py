@@ -230,6 +230,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _shards_have_whole_gpus(self) -> Config:
+        gpus, shards = self.cluster.rollout.gpus, self.rollout.tensor_parallel
+        if shards > 1 and gpus is not None and gpus % 1:
+            raise ValueError(
+                f"cluster.rollout.gpus is {gpus:g} and rollout.tensor_parallel is {shards}: the shards of an engine "
+                "need a GPU each; take 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _timing_decides_nothing_that_is_to_be_repeated(self) -> Config:
         pacing = self.ppo.pacing
         if self.run.deterministic and pacing.kind == "overlap" and pacing.max_staleness > 1:

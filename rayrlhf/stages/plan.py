@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from rich.console import Console
 
+from rayrlhf.actors.cluster import JOB_VARIABLE, NodeResources, nodes_of
 from rayrlhf.config import Config
-from rayrlhf.errors import ModelError
+from rayrlhf.errors import ModelError, ResourceError
 from rayrlhf.planning.command import asked_of
 from rayrlhf.planning.hardware import GIB, Hardware
 from rayrlhf.planning.plan import Plan, make_plan
@@ -18,8 +20,23 @@ from rayrlhf.planning.show import show_plan, show_training
 
 __all__ = ["show_and_check"]
 
-# What the driver calls a GPU, and the table.
+# What the driver, or Ray, calls a GPU, and the table.
 NAMES = {"H200": "h200-141g", "H100": "h100-80g", "A800": "a800-80g", "A100": "a100-80g"}
+
+
+@dataclass(frozen=True, slots=True)
+class _GPUs:
+    """Those that the run would get."""
+
+    title: str
+    name: str | None
+    """in the table; None if it lacks them"""
+    per_node: int
+    nodes: int
+    host_gib: float
+    """of a node; 0: this machine's"""
+    memory_gib: float | None = None
+    """None: the table's"""
 
 
 def show_and_check(console: Console, config: Config) -> None:
@@ -32,7 +49,13 @@ def show_and_check(console: Console, config: Config) -> None:
     if not has_ppo and not set(config.stages()) & set(TRAINING):
         return
     try:
-        plan = _planned(config)
+        gpus = _at_hand(config)
+    except ResourceError as error:  # from where the plan is made the cluster may be out of reach
+        console.print(f"not checked against the cluster: {error.message}", highlight=False, markup=False)
+        gpus = None
+    planned = partial(_planned, gpus=gpus)
+    try:
+        plan = planned(config)
     except ModelError as error:  # the run itself may well know a model that the plan's arithmetic does not
         console.print(f"no plan, and no check that it fits: {error.message}", highlight=False, markup=False)
         return
@@ -41,14 +64,14 @@ def show_and_check(console: Console, config: Config) -> None:
     if config.cluster.device == "cpu" and config.cluster.address is not None:
         console.print("the memory of the cluster's nodes is not known here: not checked", highlight=False)
         return
-    check_fits(config, plan, _planned)
+    check_fits(config, plan, planned)
 
 
-def _planned(config: Config) -> Plan:
-    asked = asked_of(config, config.plan.hardware or _at_hand(config))
+def _planned(config: Config, gpus: _GPUs | None) -> Plan:
+    asked = asked_of(config, config.plan.hardware or (gpus.name if gpus else None))
     hardware, nodes = asked.hardware, asked.nodes
-    if _is_here(config):
-        hardware, nodes = _with_what_is_here(hardware), nodes or 1
+    if gpus is not None and not config.plan.hardware:
+        hardware, nodes = _with(hardware, gpus), nodes or gpus.nodes
     plan = make_plan(asked.work, hardware, asked.assume, nodes)
     if "ppo" in config.stages():
         return plan
@@ -56,30 +79,48 @@ def _planned(config: Config) -> Plan:
     return replace(plan, shortfalls=alone, warnings=())
 
 
-def _at_hand(config: Config) -> str | None:
-    """The table's name of this machine's GPU, if it has one that is known; else the plan's own choice."""
-    if config.cluster.device == "cpu" or not torch.cuda.is_available():
+def _at_hand(config: Config) -> _GPUs | None:
+    """The cluster's GPUs, or this machine's; None where there are none, or the run is not for GPUs.
+
+    Raises:
+        ResourceError: the cluster does not answer, or its GPUs are not all of one kind.
+    """
+    if config.cluster.device == "cpu":
+        return None
+    address = config.cluster.address or (os.environ.get("RAY_ADDRESS") if JOB_VARIABLE in os.environ else None)
+    if address is not None:
+        return _of_cluster(nodes_of(address))
+    if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
+    memory_gib = properties.total_memory / GIB
+    return _GPUs(properties.name, _known(properties.name, memory_gib), torch.cuda.device_count(), 1, 0.0, memory_gib)
+
+
+def _of_cluster(nodes: list[NodeResources]) -> _GPUs:
+    with_gpus = [node for node in nodes if node.gpus >= 1]
+    kinds = {(node.gpu_kind, node.gpus) for node in with_gpus}
+    if len(kinds) != 1:
+        found = ", ".join(f"{count} x {kind or 'unknown'}" for kind, count in sorted(kinds, key=str)) or "none"
+        raise ResourceError(f"its nodes have GPUs of {found}, and the plan is for equal nodes", "set plan.hardware")
+    ((kind, count),) = kinds
+    name = _known(kind or "", 80.0)
+    if name is None:
+        raise ResourceError(f"its GPUs are {kind or 'of unknown kind'}, which the table lacks", "set plan.hardware")
+    return _GPUs(f"{kind} of the cluster", name, count, len(with_gpus), min(node.host_gib for node in with_gpus))
+
+
+def _known(title: str, memory_gib: float) -> str | None:
+    """The table's name of a GPU."""
     for part, name in NAMES.items():
-        if part in properties.name:
-            return "a100-40g" if name == "a100-80g" and properties.total_memory < 48 * GIB else name
+        if part in title:
+            return "a100-40g" if name == "a100-80g" and memory_gib < 48 else name
     return None
 
 
-def _is_here(config: Config) -> bool:
-    """Whether the run would start a Ray of its own on this machine's GPUs, and they are what it is planned for."""
-    joins = config.cluster.address is not None or "RAY_ADDRESS" in os.environ
-    return config.cluster.device == "cuda" and not joins and not config.plan.hardware and torch.cuda.is_available()
-
-
-def _with_what_is_here(hardware: Hardware) -> Hardware:
-    """As many GPUs as this machine has, with their memory and the machine's own; how fast they are the table says."""
-    properties = torch.cuda.get_device_properties(0)
-    here = {
-        "title": properties.name,
-        "memory_gib": properties.total_memory / GIB,
-        "host_gib": 0.0,
-        "per_node": torch.cuda.device_count(),
-    }
-    return hardware.model_copy(update={"device": hardware.device.model_copy(update=here)})
+def _with(hardware: Hardware, gpus: _GPUs) -> Hardware:
+    """As many GPUs as there are, with their memory and their nodes'; how fast they are the table says."""
+    there = {"title": gpus.title, "host_gib": gpus.host_gib, "per_node": gpus.per_node}
+    if gpus.memory_gib is not None:
+        there["memory_gib"] = gpus.memory_gib
+    return hardware.model_copy(update={"device": hardware.device.model_copy(update=there)})

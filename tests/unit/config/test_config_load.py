@@ -295,6 +295,10 @@ ROLES = ("policy", "reference", "reward", "value", "rollout", "train")
             "cluster.shared: roles on the same devices need equally many ranks (policy 1, rollout 2)",
         ),
         (
+            ["cluster.device=cuda", "cluster.rollout.gpus=0.5", "rollout.tensor_parallel=2"],
+            "cluster.rollout.gpus is 0.5 and rollout.tensor_parallel is 2: the shards of an engine need a GPU each",
+        ),
+        (
             ["cluster.shared=[[reward, rollout]]", "rollout.tensor_parallel=2"],
             "cluster.shared has rollout and rollout.tensor_parallel is 2: an engine that shares its device has one",
         ),

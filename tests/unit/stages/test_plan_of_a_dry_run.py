@@ -9,8 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from rayrlhf.actors.cluster import NodeResources, _node
 from rayrlhf.config import Config, config_from
 from rayrlhf.errors import ResourceError
+from rayrlhf.stages import plan
 from rayrlhf.stages.plan import show_and_check
 
 
@@ -76,3 +78,64 @@ def test_more_gpus_than_this_machine_has_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ResourceError, match="the roles take 5 GPUs, 1 node of 1 have 1") as error:
         shown(run)
     assert "cluster.shared=" in error.value.hint
+
+
+# What Ray says of a node with eight H100 and 2 TiB, of which it keeps 200 GB for objects.
+RAYS = {
+    "CPU": 192.0,
+    "GPU": 8.0,
+    "memory": 1.8e12,
+    "object_store_memory": 2.0e11,
+    "accelerator_type:H100": 1.0,
+    "node:10.0.0.1": 1.0,
+}
+
+
+def on_cluster(monkeypatch: pytest.MonkeyPatch, *nodes: NodeResources) -> list[str]:
+    asked: list[str] = []
+
+    def nodes_of(address: str) -> list[NodeResources]:
+        asked.append(address)
+        if not nodes:
+            raise ResourceError(f"cluster.address {address}: no Ray cluster answers")
+        return list(nodes)
+
+    monkeypatch.setattr(plan, "nodes_of", nodes_of)
+    return asked
+
+
+def test_what_ray_says_of_a_node_is_understood() -> None:
+    assert _node(RAYS) == NodeResources(8, "H100", 2e12 / 2**30)
+    assert _node({"CPU": 4.0}) == NodeResources(0, None, 0.0)
+    assert _node({**RAYS, "accelerator_type:H100-80G": 1.0}).gpu_kind == "H100-80G"
+
+
+def test_the_plan_is_for_the_cluster_that_the_run_would_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(["ppo"], "model.path=facebook/opt-350m", "cluster.address=10.0.0.1:6379")
+    head, node = NodeResources(0, None, 60.0), NodeResources(4, "H100", 500.0)
+    assert on_cluster(monkeypatch, head, node, node) is not None
+    text = shown(run)
+    assert "H100 of the cluster" in text
+    assert "(2 nodes)" in text
+    on_cluster(monkeypatch, head, NodeResources(4, "H100", 500.0))
+    with pytest.raises(ResourceError, match="the roles take 5 GPUs, 1 node of 4 have 4"):
+        shown(run)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why"),
+    [
+        ([], "no Ray cluster answers"),
+        ([NodeResources(8, "H100", 1e3), NodeResources(8, "A100", 1e3)], "GPUs of 8 x A100, 8 x H100"),
+        ([NodeResources(8, None, 1e3)], "its GPUs are of unknown kind, which the table lacks"),
+        ([NodeResources(0, None, 1e3)], "its nodes have GPUs of none"),
+    ],
+)
+def test_a_cluster_that_cannot_be_judged_is_said_and_the_plan_shown_all_the_same(
+    nodes: list[NodeResources], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cluster(monkeypatch, *nodes)
+    text = shown(config(["ppo"], "model.path=facebook/opt-350m", "cluster.address=10.0.0.1:6379"))
+    assert "not checked against the cluster: " in text
+    assert why in text
+    assert "GPU-hours" in text
