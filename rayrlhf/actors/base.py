@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ __all__ = [
     "Whereabouts",
     "leaves_data",
     "peak_memory_gib",
+    "segments_of",
     "send_output_to",
     "show_stack_when_asked",
     "use_rays_network",
@@ -29,6 +31,8 @@ __all__ = [
 
 # A process that gets this signal writes the stacks of its threads to its log.
 SHOW_STACK = signal.SIGUSR2
+# What vLLM makes for the shards of an engine. Our own are looked after by whoever makes the next (`weights`).
+SEGMENTS = ("/dev/shm/psm_", "/dev/shm/sem.mp-", "/dev/shm/vllm_")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -52,6 +56,8 @@ class Whereabouts:
     started: float
     """a process number is given to others in time"""
     log: str
+    segments: tuple[str, ...] = ()
+    """of shared memory that it and its children hold: a process that is killed leaves them behind"""
 
 
 class Actor:
@@ -93,7 +99,17 @@ def this_node() -> str:
 
 def whereabouts(log: str) -> Whereabouts:
     """Of this process."""
-    return Whereabouts(this_node(), os.getpid(), psutil.Process().create_time(), log)
+    process = psutil.Process()
+    held = {path for one in [process, *process.children(recursive=True)] for path in segments_of(one.pid)}
+    return Whereabouts(this_node(), os.getpid(), process.create_time(), log, tuple(sorted(held)))
+
+
+def segments_of(pid: int) -> set[str]:
+    """The files in /dev/shm that a process has mapped and that are vLLM's."""
+    with suppress(OSError):  # it has ended
+        maps = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace")
+        return {place for line in maps.splitlines() if (place := line[line.find("/") :]).startswith(SEGMENTS)}
+    return set()
 
 
 def show_stack_when_asked() -> None:

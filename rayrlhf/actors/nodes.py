@@ -17,13 +17,15 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayrlhf.actors.base import SHOW_STACK, Whereabouts
+from rayrlhf.actors.base import SHOW_STACK, Whereabouts, segments_of
 
 __all__ = ["end_process", "innermost_frames", "stack_of"]
 
 # A new worker of Ray's has to start for it.
 ANSWER_S = 20.0
 WRITTEN_S = 2.0
+# Children of a process that died by itself notice it, and end.
+GONE_S = 5.0
 
 
 async def stack_of(where: Whereabouts) -> str:
@@ -35,7 +37,8 @@ async def stack_of(where: Whereabouts) -> str:
 
 
 async def end_process(where: Whereabouts) -> None:
-    """SIGKILL, to its children too: Ray asks a process that hangs to end, and waits for it."""
+    """SIGKILL, to its children too: Ray asks a process that hangs to end, and waits for it. What shared memory it
+    leaves is given back."""
     with suppress(Exception):  # the node may be gone
         await _on_node(where, _end)
 
@@ -91,6 +94,13 @@ def _end(where: Whereabouts) -> None:
     for one in [*process.children(recursive=True), process] if process else []:
         with suppress(psutil.NoSuchProcess):
             os.kill(one.pid, signal.SIGKILL)
+    left, deadline = set(where.segments), time.monotonic() + GONE_S
+    while left and time.monotonic() < deadline:
+        free = left - {path for pid in psutil.pids() for path in segments_of(pid)}
+        for path in free:
+            Path(path).unlink(missing_ok=True)
+        left -= free
+        time.sleep(0.1 if left else 0)
 
 
 def _process(where: Whereabouts) -> psutil.Process | None:

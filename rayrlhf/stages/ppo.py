@@ -358,11 +358,13 @@ def _summary(history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     def mean(key: str, rows: Sequence[Mapping[str, float]]) -> float:
         return sum(row[key] for row in rows) / len(rows)
 
+    memory = dict.fromkeys(key for row in history for key in row if key.startswith("memory/"))
     names = [n for n in ("reward/mean", "reward/gold", "kl/mean", "response/length_mean") if n in history[0]]
     return {
         "steps": len(history),
         "first": {n: mean(n, history[:tenth]) for n in names},
         "last": {n: mean(n, history[-tenth:]) for n in names},
         "seconds_per_step": {k: mean(k, history) for k in history[0] if k.startswith("time/")},
-        "memory_gib": {k: max(row[k] for row in history) for k in history[0] if k.startswith("memory/")},
+        # A role that was lost just then is missing from a step's record.
+        "memory_gib": {k: max(row[k] for row in history if k in row) for k in memory},
     }

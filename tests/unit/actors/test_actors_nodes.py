@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from rayrlhf.actors.base import Whereabouts
+from rayrlhf.actors.base import Whereabouts, segments_of
 from rayrlhf.actors.nodes import _end, _show_stack, innermost_frames
 
 DUMP = """
@@ -88,3 +90,49 @@ def test_a_process_number_that_somebody_else_has_now_is_left_alone(tmp_path: Pat
             assert other.poll() is None
         finally:
             other.kill()
+
+
+HOLDS = """
+    import mmap, sys, time
+    files = [open(path, "r+b") for path in sys.argv[1:]]
+    held = [mmap.mmap(file.fileno(), 4096) for file in files]
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def holding(*paths: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", textwrap.dedent(HOLDS), *map(str, paths)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("died_by_itself", [False, True])
+def test_shared_memory_that_a_process_leaves_is_given_back_but_not_what_others_hold_too(died_by_itself: bool):
+    own, shared, rays = (
+        Path(f"/dev/shm/{name}-test-{time.monotonic_ns()}") for name in ("psm_own", "vllm_both", "plasma")
+    )
+    for path in (own, shared, rays):
+        path.write_bytes(bytes(4096))
+    try:
+        with holding(own, shared, rays) as process, holding(shared):
+            assert segments_of(process.pid) == {str(own), str(shared)}
+            started = psutil.Process(process.pid).create_time()
+            where = Whereabouts("node", process.pid, started, "log", tuple(segments_of(process.pid)))
+            if died_by_itself:
+                process.kill()
+                process.wait(10)
+            _end(where)
+            assert not own.exists()
+            assert shared.exists()
+            assert rays.exists()
+    finally:
+        for path in (own, shared, rays):
+            path.unlink(missing_ok=True)
+    assert segments_of(2**22) == set()

@@ -195,3 +195,15 @@ def test_lost_data_counts_towards_a_budget():
     arm = Arm()
     arm.outcomes = {"loop": [DataLost("its node is gone")], "resume": [CHECKPOINT]}
     assert arm.until_done() == ["loop", "settled", "again: data of the step", "resume", "loop", "save"]
+
+
+def test_a_role_whose_memory_is_unknown_in_some_steps_is_summed_up_from_the_others():
+    """It had died between the step's last call to it and this one."""
+    rows = [
+        {"reward/mean": 1.0, "time/step_s": 2.0, "memory/policy_gib": 1.0},
+        {"reward/mean": 3.0, "time/step_s": 4.0, "memory/policy_gib": 2.0, "memory/reward_gib": 0.5},
+        {"reward/mean": 5.0, "time/step_s": 6.0, "memory/reward_gib": 0.25},
+    ]
+    summary = ppo._summary(rows)
+    assert summary["memory_gib"] == {"memory/policy_gib": 2.0, "memory/reward_gib": 0.5}
+    assert summary["seconds_per_step"] == {"time/step_s": 4.0}
