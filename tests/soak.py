@@ -222,9 +222,9 @@ def main(
     table = Table("seed", "faults", "reward, at peace", "reward, with faults", "differs", "files", "left over")
     rows = []
     for seed in map(int, seeds.split(",")):
-        # Outputs of their own: the same run in the same place would be done already.
+        # Each in an output of its own: the same run in the same place would be done already.
         world = 0 if one_world else seed
-        one, other = output / "peace" / f"seed-{world}", output / "faults" / f"seed-{seed}"
+        one, other = output / "peace" / f"seed-{world}", output / f"faults-{seed}" / f"seed-{world}"
         if _steps_of(one) < steps:
             with started(ppo_command(sft, reward, one, steps, world), output / f"peace-{world}.log") as process:
                 assert process.wait(3600) == 0
@@ -256,7 +256,7 @@ def main(
         print(json.dumps(rows[-1]), flush=True)
     Console().print(table)
     print(json.dumps(rows))
-    bad = [row for row in rows if row["differences"] or row["audit"] or row["left"]]
+    bad = [row for row in rows if row["differences"] or row["audit"] or row["left"] or not row["faults"]]
     raise typer.Exit(1 if bad else 0)
 
 
