@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from tests.faults import actor, kill_in_next_call, recoveries, send_within, star
 from tests.integration.hosts import Hosts, two_hosts, why_not
 from tests.soak import ppo_command, ready_models, records, same_numbers
 
-STEPS = 5
+STEPS = 8
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 # Two policy and value ranks under ZeRO; an engine of two processes. Each has a run in peace of its own.
 SHAPES: dict[str, list[str]] = {
@@ -286,6 +287,7 @@ def main(only: str = "", output: Path = Path("runs/faults"), again: bool = False
             print(f"{case_name}: skipped, {reason}")
             continue
         row: dict[str, Any] = {"case": case_name, "role": role, "fault": fault, "phase": phase}
+        shutil.rmtree(output / case_name.replace(" ", "-"), ignore_errors=True)  # of an attempt: its run is done
         try:
             row |= {"ok": True, **go()}
         except AssertionError as error:
