@@ -24,7 +24,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rayrlhf.actors.base import Whereabouts
-from rayrlhf.actors.nodes import end_process, stack_of
+from rayrlhf.actors.nodes import clear_after, end_process, stack_of
 from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.sharing import NEEDS, SharedDevices, held_by
 from rayrlhf.driver.recovery import Deadlines
@@ -164,9 +164,10 @@ class ActorGroup:
             return (await self._wait(refs, method, timeout_s, first=rank))[0]
 
     def close(self) -> None:
-        """End every actor and give the bundles back."""
+        """End every actor, and give back the bundles and what shared memory the actors leave."""
         for actor in self.actors:
             ray.kill(actor)
+        clear_after([where for where in self._where if where is not None])
         if self.devices is not None:
             self.devices.leave(self)
         else:

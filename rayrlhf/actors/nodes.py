@@ -10,8 +10,10 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -19,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayrlhf.actors.base import SHOW_STACK, Whereabouts, segments_of
 
-__all__ = ["end_process", "innermost_frames", "stack_of"]
+__all__ = ["clear_after", "end_process", "innermost_frames", "stack_of"]
 
 # A new worker of Ray's has to start for it.
 ANSWER_S = 20.0
@@ -43,11 +45,20 @@ async def end_process(where: Whereabouts) -> None:
         await _on_node(where, _end)
 
 
-async def _on_node(where: Whereabouts, task: object) -> object:
+def clear_after(ended: Sequence[Whereabouts]) -> None:
+    """Give back the shared memory of processes that have been ended."""
+    clearing = [_asked(where, _end) for where in ended if where.segments]
+    if clearing:
+        ray.wait(clearing, num_returns=len(clearing), timeout=ANSWER_S)
 
+
+async def _on_node(where: Whereabouts, task: object) -> object:
+    return await asyncio.wait_for(_result(_asked(where, task)), ANSWER_S)
+
+
+def _asked(where: Whereabouts, task: object) -> Any:
     strategy = NodeAffinitySchedulingStrategy(where.node, soft=False)
-    remote = ray.remote(task).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0)
-    return await asyncio.wait_for(_result(remote.remote(where)), ANSWER_S)
+    return ray.remote(task).options(num_cpus=0, scheduling_strategy=strategy, max_retries=0).remote(where)
 
 
 async def _result(ref: object) -> object:
