@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, FinishedRun, rayrlhf
+from tests.integration.conftest import ROOT, FinishedRun, rayrlhf, shared_memory
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -41,8 +41,10 @@ def test_models_given_by_relative_path_run_sharded_and_tensor_parallel_and_agree
         "rollout.tensor_parallel=2",
         "cluster.rollout.threads=1",
     ]
+    before = shared_memory()
     done = rayrlhf("ppo", *arguments, timeout=380)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert shared_memory() <= before  # vLLM leaves what its shards talk through
     got, want = last_steps(tmp_path / "runs" / "tiny"), finished.metrics("ppo")[:2]
     assert len(got) == 2
     for a, b in zip(got, want, strict=True):
