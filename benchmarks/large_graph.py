@@ -224,7 +224,7 @@ async def _create(count: int = 384) -> float:
     """Milliseconds of the driver's for each actor of a group: no node has room, so that no process starts."""
     group = ActorGroup(RolePlacement("created", count, CPUS + 1, 0, 1), START_S)
     try:
-        group._made_of = SeatedModel, [("/dev/null", {})] * count
+        group._made_of = ray.remote(SeatedModel), [("/dev/null", {})] * count
         start = time.perf_counter()
         group.actors = [group._create(rank) for rank in range(count)]
         return 1000 * (time.perf_counter() - start) / count
