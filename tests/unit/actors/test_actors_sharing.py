@@ -169,12 +169,13 @@ def test_a_rank_that_cannot_move_for_another_reason_ends_the_call(table: Table) 
     run(work)
 
 
-def test_roles_with_devices_of_their_own_need_no_turn() -> None:
+def test_roles_with_devices_of_their_own_need_no_turn(table: Table) -> None:
     async def work() -> None:
-        async with held_by((SimpleNamespace(role="reward", devices=None), "weights")):
-            pass
+        async with held_by((table.policy, "weights")), held_by((SimpleNamespace(role="reward", devices=None), "all")):
+            table.log.append("reward is at work")
 
     run(work)
+    assert table.log == ["policy weights", "reward is at work"]
 
 
 def test_a_bundle_has_room_for_a_rank_of_every_role() -> None:

@@ -118,7 +118,12 @@ def test_what_the_environment_keeps_secret_is_refused_wherever_it_stands(variabl
     ],
 )
 def test_what_is_no_secret_passes(override: str) -> None:
-    config_from(deepcopy(BASE), [override], {"HOME_TOKEN": "short", "PATH": "org/name", "KEY": "org/name"})
+    config = config_from(deepcopy(BASE), [override], {"HOME_TOKEN": "short", "PATH": "org/name", "KEY": "org/name"})
+    dotted, _, value = override.partition("=")
+    node = config.model_dump(mode="json")
+    for part in dotted.split("."):
+        node = node[part]
+    assert node == YAML(typ="safe", pure=True).load(value)
 
 
 def test_a_secret_in_the_environment_is_in_no_dump_and_no_arm() -> None:

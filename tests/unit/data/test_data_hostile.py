@@ -10,11 +10,13 @@ import lzma
 import pickle
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,7 +73,20 @@ def outcome(kind: str, name: str, root: Path) -> Any:
         assert any(place in str(found) for place in (name, "prompts", "text"))
         assert len(shown) < 20_000
         assert not set(shown) & {*range(9), *range(11, 32), 127}, shown
+    else:
+        assert all(0 <= token < len(TOKENIZER) for token in token_ids(found))
     return found
+
+
+def token_ids(found: Any) -> Iterator[int]:
+    """All that stand in arrays of numbers, however deep."""
+    if isinstance(found, np.ndarray):
+        yield from found.reshape(-1).tolist()
+    elif is_dataclass(found):
+        yield from token_ids([getattr(found, field.name) for field in fields(found)])
+    elif isinstance(found, list | tuple):
+        for part in found:
+            yield from token_ids(part)
 
 
 def refused(kind: str, name: str, root: Path) -> str:
@@ -121,7 +136,7 @@ def test_records_of_any_shape_are_a_message_or_tokens(
     name = "mine.json" if as_array else "mine.jsonl"
     text = json.dumps(records) if as_array else "\n".join(json.dumps(record) for record in records)
     (tmp_path / name).write_text(text, encoding="utf-8")
-    outcome(kind, name, tmp_path)
+    assert outcome(kind, name, tmp_path) is not None
 
 
 @FUZZ
@@ -141,7 +156,7 @@ def test_bytes_of_any_kind_are_a_message_or_tokens(
     for number, content in enumerate((data, gzip.compress(data), whole[:spot] + data + whole[spot:])):
         name = f"mine{number}{suffix}"
         (tmp_path / name).write_bytes(content)
-        outcome("text" if suffix.startswith(".txt") else "demonstrations", name, tmp_path)
+        assert outcome("text" if suffix.startswith(".txt") else "demonstrations", name, tmp_path) is not None
 
 
 @FUZZ
@@ -152,7 +167,7 @@ def test_a_parquet_file_with_a_false_byte_is_a_message_or_tokens(tmp_path: Path,
     data = bytearray(buffer.getvalue())
     data[spot % len(data)] = byte
     (tmp_path / "mine.parquet").write_bytes(bytes(data))
-    outcome("demonstrations", "mine.parquet", tmp_path)
+    assert outcome("demonstrations", "mine.parquet", tmp_path) is not None
 
 
 # ---- one by one

@@ -283,7 +283,8 @@ def test_junk_in_a_models_files_is_one_message(models: Path, name: str, text: st
     ids=str,
 )
 def test_a_config_with_false_values_is_one_message_or_passes(models: Path, fields: dict[str, Any]) -> None:
-    """Any other exception fails the test."""
+    """Any other exception fails the test; where it is refused, the message says which model's it is."""
     for model in ("policy", "reward"):
         alter(models / model / "config.json", **fields)
-        outcome(models, f"reward.path={models / 'reward'}")
+        error = outcome(models, f"reward.path={models / 'reward'}")
+        assert error is None or any(place in error.message for place in ("model.path", "reward.path", str(models)))

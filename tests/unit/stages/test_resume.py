@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,15 @@ def resume(folder: Path, *overrides: str) -> None:
     check_same(folder / "run", config, "ppo", inputs)
 
 
+def refusal(check: Callable[..., None], *arguments: Any) -> str | None:
+    """Why it is refused; None where it is not."""
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        return error.message
+    return None
+
+
 def load_inputs(folder: Path, *overrides: str) -> tuple[Config, dict[str, object]]:
     config = load_config(folder / "config.yaml", overrides, {})
     return config, Lineage(config, ArtifactStore(folder / "artifacts")).inputs("ppo")
@@ -68,7 +79,7 @@ def save(folder: Path, *overrides: str) -> None:
 )
 def test_what_does_not_change_what_is_learned_may_change(folder: Path, override: str) -> None:
     save(folder)
-    resume(folder, override)
+    assert refusal(resume, folder, override) is None
 
 
 @pytest.mark.parametrize(
@@ -107,7 +118,9 @@ def test_each_arm_is_held_to_its_own_settings(folder: Path) -> None:
 
 
 def test_a_run_without_checkpoints_is_held_to_nothing(folder: Path) -> None:
-    resume(folder, "ppo.clip=0.1")
+    assert refusal(resume, folder, "ppo.clip=0.1") is None
+    save(folder)
+    assert "ppo.clip was 0.2, is 0.1" in str(refusal(resume, folder, "ppo.clip=0.1"))
 
 
 def test_fewer_steps_than_are_done_are_refused(folder: Path) -> None:
@@ -165,7 +178,7 @@ def test_a_supervised_stage_may_change_what_does_not_change_what_it_learns(
     folder: Path, stage: str, override: str
 ) -> None:
     save_training(folder, stage)
-    resume_training(folder, stage, override)
+    assert refusal(resume_training, folder, stage, override) is None
 
 
 @pytest.mark.parametrize(
@@ -193,9 +206,9 @@ def test_a_supervised_stage_refuses_what_changes_what_it_learns(
 
 def test_a_stage_is_not_held_to_anothers_checkpoints_nor_ppo_to_those_of_training(folder: Path) -> None:
     save_training(folder, "sft")
-    resume_training(folder, "reward", "reward.epochs=2")
-    resume(folder, "ppo.clip=0.1")
-    resume(folder, "ppo.arms={training: {clip: 0.1}, other: {}}")
+    assert refusal(resume_training, folder, "reward", "reward.epochs=2") is None
+    assert refusal(resume, folder, "ppo.clip=0.1") is None
+    assert refusal(resume, folder, "ppo.arms={training: {clip: 0.1}, other: {}}") is None
 
 
 def test_there_is_something_to_go_on_from_only_for_the_stages_that_have_it(folder: Path) -> None:
