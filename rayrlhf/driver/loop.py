@@ -104,10 +104,11 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             parts.sink.write(record | times | throughput(batch.rollouts.infos, batch.rollouts.seconds, times))
             clock.start_step()
             metrics = report.metrics
-            with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
-                await _save(parts, step, kl.coef, metrics, due=failed is not None)
             if failed:
+                await _save_at_last(parts, step, kl.coef, metrics)
                 raise failed
+            with clock.phase("save"):  # the next step's time: a checkpoint covers the record of its own
+                await _save(parts, step, kl.coef, metrics)
     if parts.stop.is_set():
         await _save(parts, step, kl.coef, metrics, due=True)
         done = f"after step {step}, which is saved" if step else "before the first step"
@@ -137,8 +138,7 @@ async def _next(
     except (ActorLost, DataLost):
         raise
     except (ActorError, TrainingError, WeightSyncError):
-        with suppress(RayRLHFError):
-            await _save(parts, *learned, due=True)
+        await _save_at_last(parts, *learned)
         raise
 
 
@@ -156,6 +156,12 @@ async def _unless(stop: asyncio.Event, batches: AsyncGenerator[ScoredBatch]) -> 
 async def _save(parts: Parts, step: int, kl_coef: float, metrics: dict[str, float], due: bool = False) -> None:
     if await parts.checkpoints.save(step, kl_coef, metrics, due):
         parts.ledger.checkpoint(step)
+
+
+async def _save_at_last(parts: Parts, step: int, kl_coef: float, metrics: dict[str, float]) -> None:
+    """What has been learned, before an error that ends the run; that one is told, whatever becomes of this."""
+    with suppress(RayRLHFError):
+        await _save(parts, step, kl_coef, metrics, due=True)
 
 
 def _publish_metrics(published: Publication) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rayrlhf.algorithms.kl import AdaptiveKL
 from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.loop import run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
-from rayrlhf.errors import ActorError, ActorLost, DataLost, Stopped, TrainingError, WeightSyncError
+from rayrlhf.errors import ActorError, ActorLost, CheckpointError, DataLost, Stopped, TrainingError, WeightSyncError
 from rayrlhf.metrics.throughput import throughput
 from rayrlhf.types import RolloutInfo
 
@@ -242,6 +242,21 @@ def test_when_a_run_cannot_go_on_what_was_learned_is_saved_unless_it_is_a_learne
     if phase == "publish" and saved:  # the step is done, records and all
         assert [record["step"] for record in world.records] == [1, 2]
         assert world.log[-1] == ("ledger checkpoint", 2)
+
+
+def test_a_save_that_fails_too_does_not_hide_what_ended_the_run():
+    class Breaks(World):
+        def _called(self, name, *details):
+            if name == "publish" and self._counts.get(name, 0) == 2:
+                raise WeightSyncError("no engine could be verified")
+            if name == "save" and details[-1]:
+                raise CheckpointError("the disk is full")
+            return super()._called(name, *details)
+
+    world = Breaks()
+    with pytest.raises(WeightSyncError, match="no engine could be verified"):
+        drive(world, steps=4)
+    assert named(world, "ledger checkpoint") == [(1,)]
 
 
 def test_no_steps_publish_once_and_write_nothing():
