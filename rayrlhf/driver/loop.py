@@ -96,10 +96,9 @@ async def run_ppo(parts: Parts, pacing: Pacing, kl: FixedKL | AdaptiveKL, step: 
             step += 1
             parts.ledger.step(step, batch)
             record = {"step": step, **report.metrics, **staleness, "kl/coef": kl.coef, **_publish_metrics(published)}
-            record["rollout/quarantined"] = len(batch.quarantined)
             kl.update(report.kl, report.num_samples)
             parts.sink.write_samples(step, experience.samples)
-            record |= await parts.gauges()
+            record |= {"rollout/quarantined": len(batch.quarantined), **await parts.gauges()}
             times = clock.end_step()
             parts.sink.write(record | times | throughput(batch.rollouts.infos, batch.rollouts.seconds, times))
             clock.start_step()

@@ -109,9 +109,8 @@ class FrozenModel(_Engine):
         if zero_stage == 3:
             import deepspeed
 
-            config = _base_config(3, dtype)
-            shard(module, config, dtype)
-            engine, *_ = deepspeed.initialize(model=module, config=config)
+            shard(module, _base_config(3, dtype), dtype)
+            engine, *_ = deepspeed.initialize(model=module, config=_base_config(3, dtype))
             self.module, self._call = engine.module, engine
         else:
             for parameter in module.parameters():
