@@ -11,6 +11,7 @@ from rich.console import Console
 
 from rayrlhf.actors.cluster import connect, disconnect
 from rayrlhf.actors.group import KeptActors
+from rayrlhf.actors.head import HeadWatch
 from rayrlhf.config import Config
 from rayrlhf.metrics.sinks import RunSink
 from rayrlhf.stages.datasets import Datasets
@@ -36,21 +37,26 @@ class StageContext:
     """SIGTERM came too late for the stage under way to stop: no other one begins."""
     kept: KeptActors = field(default_factory=KeptActors, init=False)
     """Actors between two stages that sample."""
-    _connected: bool = field(default=False, init=False)
+    _head: HeadWatch | None = field(default=None, init=False)
+    """there is one once Ray is"""
 
     def ensure_ray(self) -> None:
         """Start or join Ray, once, and check that it has what the config asks for."""
-        if not self._connected:
+        if self._head is None:
             connect(self.config)
-            self._connected = True
+            self._head = HeadWatch(self._say)
 
     def close(self) -> None:
         try:
             self.kept.close()
-            if self._connected:  # first: wandb may take its time, and Ctrl-C promises that the actors go
+            if self._head:  # first: wandb may take its time, and Ctrl-C promises that the actors go
+                self._head.stop()
                 disconnect()
         finally:
             self.sink.close()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, style="red", highlight=False, markup=False, soft_wrap=True)
 
     def log(self, name: str) -> str:
         """Path of an actor's log file."""

@@ -1,0 +1,35 @@
+"""The head's absence is told once, and its presence never."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+from rayrlhf.actors.head import HeadWatch
+
+
+def heard(said: list[str], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return bool(said)
+
+
+def test_a_head_that_answers_no_more_is_told_of_once_with_the_cure() -> None:
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        watch = HeadWatch(said.append, address, every_s=0.02)
+        assert not heard(said, 0.3)
+    assert heard(said, 5)
+    watch.stop()
+    (text,) = said
+    assert f"the Ray head is lost: nothing answers at {address} (Connection refused)" in text
+    assert "--resume" in text
+
+
+def test_a_watch_that_is_stopped_says_nothing() -> None:
+    said: list[str] = []
+    watch = HeadWatch(said.append, "127.0.0.1:9", every_s=0.2)
+    watch.stop()
+    assert not heard(said, 0.5)
