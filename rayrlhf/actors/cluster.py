@@ -26,6 +26,8 @@ GRACE_S = 3.0
 # What Ray sets for the command of a job, and nobody else.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
+# Ray keeps a history of every call for a dashboard, in the driver's memory too; a Ray of our own has no dashboard.
+UNTOLD = {"task_events_report_interval_ms": 0}
 # What Ray calls the resource that says which GPUs a node has.
 KIND = "accelerator_type:"
 
@@ -115,6 +117,7 @@ def _ray_init(address: str | None, namespace: str, cpus: int) -> None:
         # Roles of a synchronous step take turns, so a laptop may promise them more CPUs than it has.
         num_cpus=max(os.cpu_count() or 1, cpus) if local else None,
         include_dashboard=False if local else None,
+        _system_config=dict(UNTOLD) if local else None,
         log_to_driver=False,  # actors write to files of their own
         configure_logging=False,
         logging_level=logging.ERROR,
