@@ -1,6 +1,6 @@
 """Tokens per second through the actor system, beside plain vLLM processes.
 
-    python benchmarks/rollout.py [--engines 1,2] [--json]
+    python benchmarks/rollout.py [--engines 1,2] [--pairs 7] [--json]
 
 Both sides hold the same model with the same engine settings, threads, seeds and log-prob options, and get the same
 prompts in the same shares; each response has a length of its own that is given in advance, all alike (fixed) or
@@ -33,6 +33,7 @@ from rayrlhf.config.model import FromScratch
 from rayrlhf.engines.vllm import EngineSettings
 from rayrlhf.models.build import from_scratch
 from rayrlhf.types import PromptTokens, SampleRequest
+from rayrlhf.weights.publish import Publication, PublishSource, PublishTarget, WeightPublisher
 
 PAIRS, REQUESTS, LIMIT, PROMPT, START_S = 7, 128, 256, 32, 300.0
 SHAPE = FromScratch(vocab_size=2048, hidden_size=256, layers=4, heads=4, context=LIMIT + PROMPT)
@@ -52,23 +53,30 @@ class Rollout(RolloutActor):
 def main(
     engines: str = "1,2",
     pairs: int = PAIRS,
+    responses: int = REQUESTS,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     with tempfile.TemporaryDirectory() as folder:
         from_scratch(SHAPE, SHAPE.vocab_size, 0, 1, seed=0).lm.save_pretrained(folder)
-        rows = [row for count in map(int, engines.split(",")) for row in asyncio.run(_measure(folder, count, pairs))]
+        rows = [
+            row
+            for count in map(int, engines.split(","))
+            for row in asyncio.run(_measure(folder, count, pairs, responses))
+        ]
     ray.shutdown()
-    title = f"{REQUESTS} responses of {LIMIT // 4} tokens in the mean, 4M parameters, float32, {os.cpu_count()} threads"
+    title = (
+        f"{responses} responses of {LIMIT // 4} tokens in the mean, 4M parameters, float32, {os.cpu_count()} threads"
+    )
     if not as_json:
         print_table(title, rows)
-    print_result({**machine("cpu"), "pairs": pairs, "rows": rows})
+    print_result({**machine("cpu"), "pairs": pairs, "responses": responses, "rows": rows})
 
 
-async def _measure(folder: str, engines: int, pairs: int) -> list[dict[str, Any]]:
+async def _measure(folder: str, engines: int, pairs: int, responses: int) -> list[dict[str, Any]]:
     """A row for each kind of lengths."""
     threads = max(1, (os.cpu_count() or 1) // engines)
-    settings, prompts = engine_settings(folder, LIMIT + PROMPT, LIMIT, 256, threads), _prompts()
+    settings, prompts = engine_settings(folder, LIMIT + PROMPT, LIMIT, 256, threads), _prompts(responses)
     group = ActorGroup(RolePlacement("rollout", engines, 0.5, 0, settings.threads), START_S)
     logs = f"{tempfile.gettempdir()}/rayrlhf-rollout"
     await group.spawn(Rollout, [(f"{logs}/rollout-{i}.log", settings) for i in range(engines)], START_S)
@@ -86,14 +94,14 @@ async def _measure(folder: str, engines: int, pairs: int) -> list[dict[str, Any]
 async def _compare(
     kind: str, group: ActorGroup, plain: Sequence[_Plain], prompts: Sequence[PromptTokens], pairs: int
 ) -> dict[str, Any]:
-    lengths = given_lengths(kind, REQUESTS, LIMIT)
-    pool = EnginePool(group, group, None, prompts)  # type: ignore[arg-type]  (nothing is published)
-    pool._serving = list(pool._engines)
+    lengths = given_lengths(kind, len(prompts), LIMIT)
+    pool = EnginePool(group, group, _AsTheyAre(), prompts)
+    await pool.publish(0)
     await group.call("take_lengths", lengths)
     seconds: dict[str, list[float]] = {"system": [], "plain": []}
     for round_ in range(pairs + 1):  # the first warms up
-        requests = [SampleRequest(i, i, seed=REQUESTS * round_ + i) for i in range(REQUESTS)]
-        shares = pool._deal(requests)
+        requests = [SampleRequest(i, i, seed=len(prompts) * round_ + i) for i in range(len(prompts))]
+        shares = list(pool._deal(requests).values())
         seconds["system"].append(await _through_the_system(pool, requests, sum(lengths)))
         seconds["plain"].append(_through_plain(plain, shares, lengths))
     speed = {side: [sum(lengths) / s for s in times[1:]] for side, times in seconds.items()}
@@ -123,6 +131,18 @@ def _through_plain(plain: Sequence[_Plain], shares: Sequence[list[SampleRequest]
     seconds = perf_counter() - start
     assert tokens == sum(lengths)
     return seconds
+
+
+class _AsTheyAre(WeightPublisher):
+    """Sends nothing: the weights that an engine was started with are as good as any here."""
+
+    def __init__(self) -> None:
+        super().__init__([], "float32", None)
+
+    async def publish(self, version: int, source: PublishSource, targets: Sequence[PublishTarget]) -> Publication:
+        for target in targets:
+            await target.commit(version)
+        return Publication(version, committed=[target.name for target in targets])
 
 
 class _Plain:
@@ -161,13 +181,13 @@ def _serve(pipe: Connection, settings: EngineSettings, prompts: list[PromptToken
 
 def _engine(settings: EngineSettings, prompts: Sequence[PromptTokens]) -> GivenLengths:
     engine = GivenLengths(settings, prompts)
-    engine._version = 0  # the weights that it was started with are as good as any here
+    engine._version = 0
     return engine
 
 
-def _prompts() -> list[PromptTokens]:
+def _prompts(count: int) -> list[PromptTokens]:
     rng = np.random.default_rng(1)
-    return [PromptTokens(i, rng.integers(5, SHAPE.vocab_size, PROMPT).astype(np.int32)) for i in range(REQUESTS)]
+    return [PromptTokens(i, rng.integers(5, SHAPE.vocab_size, PROMPT).astype(np.int32)) for i in range(count)]
 
 
 if __name__ == "__main__":

@@ -91,6 +91,15 @@ def test_the_publish_that_is_timed_is_a_whole_one() -> None:
     assert row["moved_to_copy_ratio"] > 1
 
 
+def test_engines_behind_actors_and_plain_ones_sample_the_same_tokens() -> None:
+    """The benchmark itself counts each side's tokens."""
+    fixed, long_tailed = last_line("rollout", "--engines=1", "--pairs=1", "--responses=6")["rows"]
+    assert (fixed["tokens"], fixed["lengths"]) == (6 * 64, "fixed")
+    assert long_tailed["lengths"] == "log-normal"
+    for row in (fixed, long_tailed):
+        assert row["system_to_plain_ratio"] == pytest.approx(row["system_tokens_per_s"] / row["plain_tokens_per_s"])
+
+
 def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     found = last_line("control", "--actors=2", "--steps=3", "--memory-steps=3")
     assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
