@@ -43,6 +43,8 @@ VICTIMS = (
     *(("ValueActor", call) for call in ("score", "update", "save_state")),
 )
 DRIVER, SMALLEST_GAP = "driver", 2
+# Of a driver, late over early: connections come and go while somebody is replaced.
+MORE_FILES = 8
 SMALL = (
     "model.from_scratch.hidden_size=64",
     "model.from_scratch.heads=2",
@@ -156,6 +158,15 @@ def same_numbers(one: Path, other: Path) -> list[str]:
     ]
 
 
+def same_weights(one: Path, other: Path) -> list[str]:
+    """Files of the two runs' policies that are not there in both, or differ in a byte."""
+    folders = [folder / "model" for folder in (one, other)]
+    names = {path.name for folder in folders for path in folder.glob("*.safetensors")}
+    assert names, f"no policy in {one} and {other}"
+    held = [{name: path.read_bytes() for name in names if (path := folder / name).exists()} for folder in folders]
+    return [f"weights of {name} differ" for name in sorted(names) if held[0].get(name) != held[1].get(name)]
+
+
 class _OpenFiles:
     """How many files the driver has open, once a second for as long as it lives."""
 
@@ -185,7 +196,7 @@ def _processes_left(leader: int) -> list[str]:
 
 
 def _shared_memory() -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("*") if not p.name.startswith("sem.")}
+    return {p.name for p in Path("/dev/shm").glob("*")}
 
 
 def ready_models(output: Path) -> tuple[str, str]:
@@ -231,7 +242,7 @@ def main(
         report = soak(ppo_command(sft, reward, other, steps, world), other, steps, every, seed, output / f"{seed}.log")
         audit = subprocess.run([sys.executable, "-m", "rayrlhf.cli", "audit", str(other)], check=False)
         rewards = [records(folder)[-1]["reward/mean"] for folder in (one, other)]
-        differences = same_numbers(one, other)
+        differences = [*same_numbers(one, other), *same_weights(one, other)]
         table.add_row(
             str(seed),
             str(report.faults.total()),
@@ -257,6 +268,7 @@ def main(
     Console().print(table)
     print(json.dumps(rows))
     bad = [row for row in rows if row["differences"] or row["audit"] or row["left"] or not row["faults"]]
+    bad += [row for row in rows if row["files"][1] > row["files"][0] + MORE_FILES]
     raise typer.Exit(1 if bad else 0)
 
 

@@ -11,6 +11,8 @@ import ray
 __all__ = ["HeadWatch"]
 
 EVERY_S, ANSWER_S = 2.0, 2.0
+# How HTTP/2 begins (RFC 9113, section 3.4), and an empty frame of settings: what gRPC's server speaks, and answers.
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 # A head that is only slow to accept is not gone.
 MISSED = 3
 
@@ -37,12 +39,19 @@ class HeadWatch:
             if self._over.wait(self._every_s):
                 return
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+                _knock(host.strip("[]"), int(port))
                 missed = 0
             except OSError as error:
-                missed, reason = missed + 1, error.strerror or type(error).__name__
+                missed, reason = missed + 1, error.strerror or str(error)
         self._say(
             f"the Ray head is lost: nothing answers at {self._address} ({reason}); Ray ends this run within a minute. "
             "What it has learned since the newest checkpoint is lost. See gcs_server.out in the logs of Ray's session. "
             "Start a head if it was not this run's own, then go on with --resume"
         )
+
+
+def _knock(host: str, port: int) -> None:
+    """Raises OSError unless somebody answers: for a server that hangs the kernel still accepts. Any answer will do."""
+    with socket.create_connection((host, port), timeout=ANSWER_S) as connection:
+        connection.sendall(GREETING)
+        connection.recv(1)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rayrlhf.checkpoint.disk import flush, flush_tree
 
 __all__ = ["Artifact", "ArtifactStore", "content_key", "hash_model_folder"]
 
@@ -68,15 +69,14 @@ class ArtifactStore:
         parents: Mapping[str, str],
         result: Mapping[str, Any],
     ) -> Artifact:
-        """Write the record, flush it, and give the folder its name in one rename."""
+        """Write the record, flush all there is, and give the folder its name in one rename."""
         record = {"stage": stage, "key": key, "parents": dict(parents), "inputs": inputs, "result": dict(result)}
-        with open(workspace / RECORD, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2, default=str)
-            file.flush()
-            os.fsync(file.fileno())
+        (workspace / RECORD).write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
+        flush_tree(workspace)  # the model too: the stage's checkpoints are let go next
         final = self.root / f"{stage}-{key}"
         shutil.rmtree(final, ignore_errors=True)
         workspace.rename(final)
+        flush(self.root)
         return Artifact(stage, key, final, result, parents)
 
 

@@ -24,11 +24,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.checkpoint.disk import flush
 from rayrlhf.errors import CheckpointError, LedgerError
 
 __all__ = ["LEDGER", "Accounted", "Facts", "History", "Lines", "Order", "append", "audit", "read_lines"]
 
 LEDGER = "ledger.jsonl"
+# No run holds more in memory; whoever altered a ledger may say so.
+MOST_PROMPTS = 2**26
 Order = Callable[[int], tuple[int, int, int]]
 """Of a sample's number: its epoch, prompt id, and index among the prompt's samples of that epoch."""
 
@@ -211,6 +214,8 @@ def read_lines(path: Path, order_of: Callable[[Facts], Order]) -> Lines:
                     if arm in found.arms:
                         raise ValueError("the run begins a second time")
                     prompts = tuple((int(start), int(stop)) for start, stop in event["prompts"])
+                    if not 0 < sum(stop - start for start, stop in prompts) <= MOST_PROMPTS:
+                        raise ValueError(f"its prompts are none, or over {MOST_PROMPTS}")
                     facts = Facts(event["seed"], prompts, event["samples_per_prompt"], event["batch_size"])
                     found.arms[arm] = History(facts, order_of(facts))
                 elif arm not in found.arms:
@@ -250,7 +255,7 @@ def append(path: Path, event: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _flush_folder(path.parent)
+            flush(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error})", "make room for it, then go on with --resume"
@@ -264,10 +269,12 @@ def _whole_lines(path: Path, found: Lines) -> Iterator[tuple[int, dict[str, Any]
         for line, text in enumerate(file, start=1):
             if torn:
                 raise _contradiction(path, torn, "this line is torn, and others follow")
-            event = _parsed(text)
-            if event is None:
+            if not text.endswith(b"\n"):
                 torn = line
                 continue
+            event = _parsed(text)
+            if event is None:
+                raise _contradiction(path, line, "this is not a line of a ledger")
             found.count, found.size = line, found.size + len(text)
             yield line, event
 
@@ -275,9 +282,9 @@ def _whole_lines(path: Path, found: Lines) -> Iterator[tuple[int, dict[str, Any]
 def _parsed(text: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and text.endswith(b"\n") else None
+    return event if isinstance(event, dict) else None
 
 
 def _contradiction(path: Path, line: int, what: str) -> LedgerError:
@@ -285,11 +292,3 @@ def _contradiction(path: Path, line: int, what: str) -> LedgerError:
         f"{path}:{line}: {what}",
         "samples were lost or doubled, or the file was changed: this run's account cannot be trusted",
     )
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,7 @@
 """Checkpoints: folders that are there whole or not at all, each with a manifest that names every byte of it.
 
     checkpoints/step-000010/
-        manifest.json     step, state (what is no tensor), the run's inputs, and size and hash of every file
+        manifest.json     step, state (what is no tensor), the run's inputs, size and hash of every file, and of itself
         policy/, value/   a learner's state, a file for each rank; its model in Hugging Face format beside it
         ...
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from rayrlhf.checkpoint.disk import flush, flush_tree
 from rayrlhf.errors import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointStore"]
@@ -66,15 +67,14 @@ class CheckpointStore:
     def finish(self, step: int, state: Mapping[str, Any], inputs: Mapping[str, Any], score: float | None) -> Path:
         """Hash and flush what is in the folder of `begin`, name it, and let go of those that need not stay."""
         partial, final = self.partial(step), self.root / f"step-{step:06d}"
-        files = {str(p.relative_to(partial)): _sealed(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(partial)): _sized(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = {"step": step, "state": dict(state), "score": score, "inputs": dict(inputs), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(partial / MANIFEST)
-        for folder in (p for p in (partial, *partial.rglob("*")) if p.is_dir()):
-            _flush(folder)
+        text = json.dumps(manifest | {"hash": _hash_of(manifest)}, indent=1)
+        (partial / MANIFEST).write_text(text, encoding="utf-8")
+        flush_tree(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        _flush(self.root)
+        flush(self.root)
         self._retain()
         return final
 
@@ -127,6 +127,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """What the manifest says, once each entry is of its kind: whoever can write there might have written anything."""
     try:
         manifest: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest.pop("hash") != _hash_of(manifest):
+            raise ValueError("it is not what was saved")
         step, files = manifest["step"], manifest["files"]
         if step != _step_of(folder) or isinstance(step, bool | float):
             raise ValueError(f"its step is {str(step)[:60]}")
@@ -139,7 +141,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         for name, (size, digest) in files.items():
             if not isinstance(size, int) or not isinstance(digest, str):
                 raise ValueError(f"{name!r} has no size and hash")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: its manifest cannot be read ({error})") from None
     return dict(manifest)
 
@@ -161,9 +163,13 @@ def _score(folder: Path) -> float | None:
         return None
 
 
-def _sealed(path: Path) -> tuple[int, str]:
-    """On the disk, not only on its way there; its size and hash."""
-    _flush(path)
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    """Over what JSON keeps of it."""
+    plain = json.loads(json.dumps(manifest))
+    return xxhash.xxh3_128(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _sized(path: Path) -> tuple[int, str]:
     return path.stat().st_size, _digest(path)
 
 
@@ -173,11 +179,3 @@ def _digest(path: Path) -> str:
         while block := file.read(2**24):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

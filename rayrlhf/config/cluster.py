@@ -55,7 +55,7 @@ class ClusterConfig(Section):
     start_timeout_s: Positive = 300.0
     """Deadline for placing and starting the actors of a run."""
     call_timeout_s: Positive = 1800.0
-    """Deadline for each remote call after that."""
+    """Deadline for each remote call after that. A reward source that reads text has its own limits, if longer."""
     recovery: RecoveryConfig = RecoveryConfig()
     policy: RoleResources = RoleResources()
     reference: RoleResources = RoleResources()

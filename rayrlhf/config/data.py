@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from rayrlhf.config.base import Folder, PositiveInt, Section
+from rayrlhf.config.base import Folder, PathOrName, PositiveInt, Section
 
 __all__ = ["SOURCE_FIELDS", "DataConfig"]
 
@@ -17,7 +17,9 @@ SOURCE_FIELDS = (
 
 
 # A list of sources; one alone may be written without the brackets.
-Sources = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Sources = Annotated[
+    tuple[PathOrName, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 class DataConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import NonNegative, PositiveInt, Section
+from rayrlhf.config.base import NonNegative, PathOrName, PositiveInt, Section
 
 __all__ = ["CollectConfig", "EvalConfig"]
 
@@ -35,7 +35,7 @@ class EvalConfig(Section):
     best_of: PositiveInt = 8
     """Beside the policies: the SFT model's best of so many, chosen by the reward model (always sampled at
     `rollout.temperature`); 1 leaves it out."""
-    reward_model: str | None = None
+    reward_model: PathOrName | None = None
     """A reward model that no policy was trained against (Hugging Face name or folder): it scores every answer too. The
     run's own reward model is what PPO learned to please, so its opinion of PPO is no measure."""
     bootstrap: Annotated[int, Field(ge=100, le=100_000, strict=True)] = 2000

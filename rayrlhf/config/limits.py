@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ UNREADABLE = (YAMLError, ValueError, RecursionError, TypeError, AttributeError, 
 MOST_BYTES = 1 << 20
 MOST_VALUES = 100_000
 """with YAML aliases written out: nine lines of them can stand for a billion"""
+MOST_LEVELS = 50
+"""of sections and lists in each other: what reads or writes them calls itself for each"""
 
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 300
@@ -40,10 +43,19 @@ def parse(yaml: YAML, path: Path) -> Any:
 
 
 def check_size(tree: Any, source: str) -> None:
-    """Raise ConfigError where the tree holds itself, or stands for more values than a config has."""
-    if _values(tree, {}) > MOST_VALUES:
+    """Raise ConfigError where the tree holds itself, or stands for more values or is deeper than a config is."""
+    found: dict[int, tuple[float, float]] = {}
+    values, levels = _extent(tree, found, 1)
+    if values > MOST_VALUES:
         raise ConfigError(
             f"{source}: its YAML aliases stand for more than {MOST_VALUES} values, or hold themselves", "write them out"
+        )
+    if levels > MOST_LEVELS:
+        sections = tree.items() if isinstance(tree, Mapping) else ()
+        deep = next((f"{key}: " for key, value in sections if _extent(value, found, 2)[1] >= MOST_LEVELS), "")
+        raise ConfigError(
+            f"{source}: {deep}nested more than {MOST_LEVELS} deep",
+            "take sections out, of the file or of an override: the config's own lie 4 deep",
         )
 
 
@@ -74,15 +86,23 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of thousands of digits"
 
 
-def _values(node: Any, counts: dict[int, float]) -> float:
-    """How many there are below and with `node`; infinity where it is below itself."""
+def _extent(node: Any, found: dict[int, tuple[float, float]], level: int) -> tuple[float, float]:
+    """How many values there are below and with `node`, and how many levels; infinity where it is below itself.
+
+    Args:
+        found: what is known already, by id: what YAML aliases share is looked at once.
+        level: of `node`. Beyond MOST_LEVELS nothing is looked at, and the levels are infinite.
+    """
     if not isinstance(node, Mapping | list | tuple | set):
-        return 1
-    if id(node) not in counts:
-        counts[id(node)] = float("inf")  # until it is known: whoever meets it meanwhile is inside of it
+        return 1, 0
+    if level > MOST_LEVELS:
+        return 1, math.inf
+    if id(node) not in found:
+        found[id(node)] = math.inf, math.inf  # until it is known: whoever meets it meanwhile is inside of it
         items = [*node, *node.values()] if isinstance(node, Mapping) else node
-        counts[id(node)] = 1 + sum(_values(item, counts) for item in items)
-    return counts[id(node)]
+        extents = [_extent(item, found, level + 1) for item in items]
+        found[id(node)] = 1 + sum(values for values, _ in extents), 1 + max((deep for _, deep in extents), default=0)
+    return found[id(node)]
 
 
 def _leaves(node: Any, dotted: str, seen: set[int], key: str) -> Iterator[tuple[str, str, Any]]:

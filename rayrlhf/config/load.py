@@ -110,9 +110,13 @@ def _yaml() -> YAML:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML 1.2 file; ConfigError where it is missing or broken."""
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # it is too long, or in a folder that may not be looked into
+        raise ConfigError(f"{shown(str(path))}: cannot be looked up: {error.strerror}", "name another file") from None
+    if is_folder:
         raise ConfigError(f"{path}: a folder, not a config file", "name a YAML file in it")
-    if not path.is_file():
+    if not is_file:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.4)
         raise ConfigError(f"{path}: no such config file", f"did you mean {path.parent / near[0]}?" if near else "")
     try:

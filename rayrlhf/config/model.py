@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from rayrlhf.config.base import LARGEST_INT, Positive, PositiveInt, Section
+from rayrlhf.config.base import LARGEST_INT, PathOrName, Positive, PositiveInt, Section, path_or_name
 
 __all__ = ["FromScratch", "ModelConfig"]
 
@@ -45,7 +45,7 @@ class FromScratch(Section):
 
 
 class ModelConfig(Section):
-    path: str | None = None
+    path: PathOrName | None = None
     """A Hugging Face name or folder: `pretrain` is then skipped."""
     from_scratch: FromScratch | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,6 +55,17 @@ class ModelConfig(Section):
     chat_template: str | None = None
     """Jinja text or a file; None takes the tokenizer's own."""
     trust_remote_code: bool = False
+
+    @field_validator("chat_template")
+    @classmethod
+    def _text_or_a_file(cls, chat_template: str | None) -> str | None:
+        if chat_template is None or "{" in chat_template:
+            return chat_template
+        try:
+            return path_or_name(chat_template)
+        except ValueError as error:
+            taken = "a template in Jinja would have a { in it, so this is taken for the name of a file"
+            raise ValueError(f"{error} ({taken})") from None
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

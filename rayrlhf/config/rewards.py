@@ -7,9 +7,10 @@ import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from rayrlhf.config.base import NonNegative, NonNegativeInt, Positive, PositiveInt, Section
+from rayrlhf.config.base import NonNegative, NonNegativeInt, PathOrName, Positive, PositiveInt, Section, path_or_name
+from rayrlhf.config.secrets import VARIABLE
 
 __all__ = ["LOOPBACK", "RewardSourceConfig"]
 
@@ -42,7 +43,7 @@ class RewardSourceConfig(Section):
     kind: Kind = "model"
     """model: the reward model, made by the `reward` stage or named by `reward.path`. The others need none, and the
     `reward` stage is then left out: ensemble, several reward models; function, Python code; http, a service."""
-    models: tuple[str, ...] = ()
+    models: tuple[PathOrName, ...] = ()
     """ensemble: its reward models, Hugging Face names or folders. The value model starts from the first."""
     how: Literal["mean", "min", "uwo"] = "mean"
     """ensemble: mean, worst case, or mean - `weight` * variance (Coste et al. 2023, arXiv 2310.02743, section 3)."""
@@ -88,6 +89,13 @@ class RewardSourceConfig(Section):
         """The keys that decide what a reward is."""
         mine = [key for key in DECIDING if key not in READ_BY or self.kind in READ_BY[key]]
         return {key: value for key, value in self.model_dump(mode="json").items() if key in mine}
+
+    @field_validator("function")
+    @classmethod
+    def _its_file_can_be_looked_up(cls, function: str | None) -> str | None:
+        if function is not None:
+            path_or_name(function.rpartition(":")[0])
+        return function
 
     @model_validator(mode="after")
     def _keys_of_one_kind(self) -> RewardSourceConfig:
@@ -135,9 +143,16 @@ class RewardSourceConfig(Section):
 
     @model_validator(mode="after")
     def _token_is_named_not_given(self) -> RewardSourceConfig:
-        if self.token_variable is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.token_variable):
+        if self.token_variable is None:
+            return self
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.token_variable):
             raise ValueError(
                 "token_variable is the name of an environment variable, in capitals, digits and _; the token itself "
                 "stays out of the config"
+            )
+        if not VARIABLE.search(self.token_variable):
+            raise ValueError(
+                "token_variable: a name that ends with TOKEN or KEY is wanted, such as REWARD_TOKEN: by it the value is "
+                "known for a secret, and kept out of logs and reports"
             )
         return self

@@ -13,7 +13,7 @@ from typing import Any
 from rayrlhf.config.limits import leaves
 from rayrlhf.errors import ConfigError
 
-__all__ = ["masked", "refuse_secrets"]
+__all__ = ["VARIABLE", "masked", "refuse_secrets"]
 
 HINT = (
     "take it out: configs are shown in logs and reports. Secrets are read from the environment (HF_TOKEN, "
@@ -22,8 +22,11 @@ HINT = (
 # What a text may hold, by how a message calls it. The second group of each is the secret.
 KINDS = {
     "a URL with a password": re.compile(r"(://[^/\s:@]*:)([^/\s]+)(?=@)"),
+    "a URL with a token for a name": re.compile(r"(://)([^/\s:@]{16,})(?=@)"),
     "a token in a URL": re.compile(
-        r"([?&][\w.-]*(?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key|signature)=)([^&\s#'\"]+)", re.I
+        r"([?&](?:[\w.-]*(?:token|secret|passw(?:or)?d|signature|api[_-]?key|access[_-]?key)|(?:[\w.-]*[._-])?(?:key|sig)|"
+        r"auth|code)=)([^&\s#'\"]+)",
+        re.I,
     ),
     "an authorization header": re.compile(r"(\b(?:bearer|authorization:\s*basic)\s+)([A-Za-z0-9._~+/-]{16,}=*)", re.I),
     "a private key": re.compile(r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)([^-]+)"),
@@ -34,9 +37,10 @@ KINDS = {
     ),
 }
 KEY = re.compile(
-    r"(^|[_-])(token|secrets?|passwords?|passwd|api_?keys?|access_?keys?|private_?keys?|credentials?)$", re.I
+    r"(^|[_-])(token|secrets?|passwords?|passwd|auth|api_?keys?|access_?keys?|private_?keys?|credentials?)$|^key$", re.I
 )
-VARIABLE = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|SECRET_KEY|PRIVATE_KEY)$")
+VARIABLE = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(^|_)(PASS|AUTH|PAT)|_KEY|^(API|ACCESS)KEY)$")
+"""Names of variables whose values are secrets. `ppo.reward.token_variable` has to be one."""
 SHORTEST = 8
 """Of a variable's value: `changeme` may be a secret, `1` is not."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayrlhf.config.base import Fraction, NonNegative, Positive, PositiveInt, Section, ZeroStage
+from rayrlhf.config.base import Fraction, NonNegative, PathOrName, Positive, PositiveInt, Section, ZeroStage
 
 __all__ = [
     "Adam",
@@ -84,7 +84,7 @@ class SelectConfig(Section):
     by: Literal["last", "heldout_loss", "reward"] = "last"
     """`last`; or of all epochs that with the lowest loss on held-out demonstrations, or the highest mean score of its
     own responses to their prompts. Ties go to the earlier one."""
-    reward_model: str | None = None
+    reward_model: PathOrName | None = None
     """For `reward`: an existing reward model that reads the policy's tokens (Hugging Face name or folder)."""
     prompts: PositiveInt = 64
     """For `reward`: at most so many held-out prompts are answered, greedily, after each epoch."""
@@ -99,7 +99,7 @@ class SelectConfig(Section):
 
 
 class SFTConfig(SupervisedConfig):
-    path: str | None = None
+    path: PathOrName | None = None
     """An existing SFT model (Hugging Face name or folder): the stage is skipped and this one is used."""
     learning_rate: Positive = 9.65e-6
     batch_size: PositiveInt = 32
@@ -121,7 +121,7 @@ class SFTConfig(SupervisedConfig):
 
 
 class RewardConfig(SupervisedConfig):
-    path: str | None = None
+    path: PathOrName | None = None
     """An existing reward model: the stage is skipped and this one is used."""
     learning_rate: Positive = 9e-6
     batch_size: PositiveInt = 64

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rayrlhf.config.rewards import RewardSourceConfig
+from rayrlhf.config.secrets import masked
 from rayrlhf.errors import ConfigError
 from rayrlhf.rewards.base import Failure, Outcome, RewardRequest, outcome
 from rayrlhf.rewards.retry import Retries, Trouble
@@ -71,12 +72,12 @@ class FunctionSource:
         prompts, responses = [r.prompt[-1][1] for r in batch], [r.response for r in batch]
         info = {name: [INFO[name](request) for request in batch] for name in self._asked}
         answer = await self._within(partial(self._function, prompts, responses, **info), self._config.timeout_s)
-        answers = _as_list(answer)
-        if answers is None:
-            raise Trouble(f"gave a {type(answer).__name__}, no list of rewards")
-        if len(answers) != len(batch):
-            raise Trouble(f"gave {len(answers)} rewards for {len(batch)} responses")
-        return [outcome(reward, "function: the reward") for reward in answers]
+        try:
+            return _outcomes(answer, len(batch))
+        except Trouble:
+            raise
+        except Exception as error:  # the answer is somebody's own object: anything may go wrong in it
+            raise Trouble(f"its answer cannot be read: {type(error).__name__}") from None
 
     async def _within(self, call: Callable[[], Any], limit_s: float) -> Any:
         """Raises Trouble when it fails or takes longer; a thread that does not come back is left to itself."""
@@ -93,8 +94,7 @@ class FunctionSource:
             raise Trouble(f"no answer within {limit_s:g} s")
         answer, error = running.result()
         if error is not None:
-            said = str(error).strip().partition("\n")[0][:200]
-            raise Trouble(f"{type(error).__name__}: {said}" if said else type(error).__name__)
+            raise Trouble(f"{type(error).__name__}: {said}" if (said := _said(error)) else type(error).__name__)
         return answer
 
 
@@ -135,7 +135,7 @@ class _Thread:
                     answer = self._loop.run_until_complete(self._awaited)
                 ended.set_result((answer, None))
             except BaseException as error:  # somebody's own code: sys.exit() must not end the role
-                traceback.print_exc()  # to the role's log
+                sys.stderr.write(masked(traceback.format_exc()))  # to the role's log
                 ended.set_result((None, error))
             self._awaited = None
         self._loop.close()
@@ -208,8 +208,23 @@ def _asked_for(function: Callable[..., Any]) -> list[str]:
     return [name for name in INFO if name in named]
 
 
-def _as_list(answer: Any) -> list[Any] | None:
-    """A list of the rewards, of an array or a tensor too; None for anything else."""
-    if hasattr(answer, "tolist"):
-        answer = answer.tolist()
-    return list(answer) if isinstance(answer, list | tuple) else None
+def _outcomes(answer: Any, count: int) -> list[Outcome]:
+    """Of a list, a tuple, an array or a tensor of rewards.
+
+    Raises:
+        Trouble: it is something else, or not as many.
+    """
+    rewards = answer.tolist() if hasattr(answer, "tolist") else answer
+    if not isinstance(rewards, list | tuple):
+        raise Trouble(f"gave a {type(answer).__name__}, no list of rewards")
+    if len(rewards) != count:
+        raise Trouble(f"gave {len(rewards)} rewards for {count} responses")
+    return [outcome(reward, "function: the reward") for reward in rewards]
+
+
+def _said(error: BaseException) -> str:
+    """The first line of its message: a URL in it may hold a key, and reasons are written to records."""
+    try:
+        return masked(str(error)).strip().partition("\n")[0][:200]
+    except Exception:  # its own __str__ fails
+        return ""

@@ -102,7 +102,9 @@ class HTTPSource:
                 answer = await self._post(body)
         except TimeoutError:
             raise Trouble(f"no answer within {self._config.timeout_s:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:  # its text may hold what was sent
+        except Trouble:
+            raise
+        except Exception as error:  # idna's too, of a redirect's host; its text may hold what was sent
             raise Trouble(type(error).__name__) from None
         try:
             found = json.loads(answer)

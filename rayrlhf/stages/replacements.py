@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rayrlhf.config.cluster import RecoveryConfig
+from rayrlhf.config.secrets import masked
 from rayrlhf.driver.recovery import Budget, Health
 from rayrlhf.errors import ActorError, ResourceError
 from rayrlhf.metrics.sinks import JsonLines
@@ -100,9 +101,10 @@ class Replacements:
         self._console.print(f"{who} is there again after {seconds:.1f} s", highlight=False)
 
     def _tell(self, who: str, cause: ActorError, wait: float | None) -> None:
-        self._write({"who": who, "event": "lost", "cause": cause.message, "restart_in_s": wait})
+        said = masked(cause.message)
+        self._write({"who": who, "event": "lost", "cause": said, "restart_in_s": wait})
         what = "is not replaced again" if wait is None else "is replaced"
-        self._console.print(f"[yellow]{who} is lost and {what}:[/] {escape(cause.message)}", soft_wrap=True)
+        self._console.print(f"[yellow]{who} is lost and {what}:[/] {escape(said)}", soft_wrap=True)
 
     def _write(self, record: dict[str, Any]) -> None:
         file = JsonLines(self._records)  # most runs have none

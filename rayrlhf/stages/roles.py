@@ -192,13 +192,8 @@ class RoleSet:
 
     def watch(self) -> None:
         """From here on a call that takes much longer than its like has hung: batches are of one size now."""
-        recovery, cap = self._config.cluster.recovery, self._config.cluster.call_timeout_s
         for role, group in self.groups.items():
-            floor = recovery.hang_floor_s
-            if role == "reward" and self._reads_text():  # it has limits of its own, and within them it has not hung
-                ppo = self._config.ppo
-                floor = max(floor, ppo.reward.longest_s(math.ceil(ppo.batch_size / group.ranks)))
-            group.deadlines = Deadlines(min(floor, cap), recovery.hang_factor, cap)
+            group.deadlines = deadlines_of(self._config, role, group.ranks)
 
     def _shared_devices(self) -> dict[str, SharedDevices]:
         """By role: those of `cluster.shared` that this stage uses two or more roles of."""
@@ -327,6 +322,15 @@ class RoleSet:
             deterministic=config.run.deterministic,
             sleeps=bool(config.cluster.sharing("rollout")),
         )
+
+
+def deadlines_of(config: Config, role: str, ranks: int) -> Deadlines:
+    """A source that reads text has limits of its own, and has not hung within them."""
+    ppo, recovery, most = config.ppo, config.cluster.recovery, config.cluster.call_timeout_s
+    floor = min(recovery.hang_floor_s, most)
+    if role == "reward" and ppo.reward.sees_text:
+        floor = max(floor, ppo.reward.longest_s(math.ceil(ppo.batch_size / ranks)))
+    return Deadlines(floor, recovery.hang_factor, max(most, floor))
 
 
 def first_ratio(config: Config) -> GapLimits:

@@ -54,8 +54,8 @@ def test_a_service_that_fails_at_first_and_cannot_score_all_is_asked_again_and_w
     service = Service()
     service.script = [says("no", 503), says("<html>"), scores]
     threading.Thread(target=service.serve_forever, daemon=True).start()
-    monkeypatch.setenv("MY_REWARDS", TOKEN)
-    source = f"{{kind: http, url: '{service.url}', token_variable: MY_REWARDS, batch: 1, retries: 2, backoff_s: 0.001}}"
+    monkeypatch.setenv("MY_TOKEN", TOKEN)
+    source = f"{{kind: http, url: '{service.url}', token_variable: MY_TOKEN, batch: 1, retries: 2, backoff_s: 0.001}}"
     try:
         run, prompts = ppo(finished, tmp_path, source)
     finally:

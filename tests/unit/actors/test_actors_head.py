@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from contextlib import suppress
 
+import pytest
+
+from rayrlhf.actors import head
 from rayrlhf.actors.head import HeadWatch
 
 
@@ -15,12 +20,35 @@ def heard(said: list[str], within_s: float) -> bool:
     return bool(said)
 
 
-def test_a_head_that_answers_no_more_is_told_of_once_with_the_cure() -> None:
+def answering(server: socket.socket) -> None:
+    """As gRPC's does: with its settings."""
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            with connection:
+                assert connection.recv(64).startswith(b"PRI * HTTP/2.0")
+                connection.sendall(bytes(3) + b"\x04" + bytes(5))
+
+
+def test_a_head_that_hangs_is_told_of_though_the_kernel_accepts_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    monkeypatch.setattr(head, "ANSWER_S", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         watch = HeadWatch(said.append, address, every_s=0.02)
+        assert heard(said, 5)
+        watch.stop()
+    assert f"nothing answers at {address} (timed out)" in said[0]
+
+
+def test_a_head_that_answers_no_more_is_told_of_once_with_the_cure() -> None:
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answering, args=(server,), daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        watch = HeadWatch(said.append, address, every_s=0.02)
         assert not heard(said, 0.3)
+        server.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
     assert heard(said, 5)
     watch.stop()
     (text,) = said

@@ -152,7 +152,12 @@ PLANTED: dict[str, tuple[Callable[[Events], None], int, str]] = {
     "an event lacks a key": (lambda e: e[4].pop("quarantined"), 5, "not a line of a ledger"),
     "an event holds something else": (change(5, trained=[1, 2]), 5, "not a line of a ledger"),
     "a step is no number": (change(4, step="2"), 4, "not a line of a ledger"),
-    "there are no prompts": (change(1, prompts=[]), 2, "not a line of a ledger"),
+    "there are no prompts": (change(1, prompts=[]), 1, "its prompts are none"),
+    "there are more prompts than any memory holds": (
+        change(1, prompts=[[0, 10**9]]),
+        1,
+        "its prompts are none, or over",
+    ),
     "the seed is altered": (change(1, seed=8), 2, "stands as"),
     "an arm appears from nowhere": (change(5, arm="other"), 5, "step comes before the run begins"),
 }
@@ -197,8 +202,24 @@ def test_a_last_line_that_is_torn_does_not_count_and_one_elsewhere_is_found(data
         (Path(place) / LEDGER).write_bytes(b"".join(lines[:kept]))
         assert audit_run(Path(place)) == whole
         (Path(place) / LEDGER).write_bytes(b"".join(lines[:kept]) + torn[:-1] + b"\x00\n" + b"".join(lines[kept:]))
-        with pytest.raises(LedgerError, match=rf":{kept + 1}: this line is torn, and others follow"):
+        with pytest.raises(LedgerError, match=rf":{kept + 1}: this is not a line of a ledger"):
             audit_run(Path(place))
+
+
+@pytest.mark.parametrize("garbled", [b'{"n": 5, "event": "st\n', b"[" * 200_000 + b"\n", b"7\n"])
+def test_a_last_line_that_is_no_event_but_whole_is_found(tmp_path: Path, garbled: bytes) -> None:
+    """A kill leaves the beginning of a line, and so no newline: this one was altered, and a step may be behind it."""
+    lines = (write(tmp_path, history()) / LEDGER).read_bytes().splitlines(keepends=True)
+    (tmp_path / LEDGER).write_bytes(b"".join(lines[:4]) + garbled)
+    with pytest.raises(LedgerError, match=r":5: this is not a line of a ledger"):
+        audit_run(tmp_path)
+
+
+def test_a_torn_line_that_another_process_wrote_behind_is_found(tmp_path: Path) -> None:
+    lines = (write(tmp_path, history()) / LEDGER).read_bytes().splitlines(keepends=True)
+    (tmp_path / LEDGER).write_bytes(b"".join(lines[:4]) + lines[4][:9] + lines[5])
+    with pytest.raises(LedgerError, match=r":5: this is not a line of a ledger"):
+        audit_run(tmp_path)
 
 
 @settings(deadline=None)

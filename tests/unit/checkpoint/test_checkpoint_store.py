@@ -87,7 +87,7 @@ def test_a_save_that_breaks_off_leaves_the_one_before(tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name in ("_sealed", "_flush"):
+    for name in ("_sized", "flush_tree"):
         with monkeypatch.context() as patch:
             patch.setattr(store_module, name, full)
             with pytest.raises(OSError, match="No space left"):
@@ -143,8 +143,24 @@ def test_what_a_save_that_broke_off_left_goes_with_the_next(tmp_path: Path) -> N
 
 
 def rewritten(folder: Path, **fields: object) -> None:
+    """By somebody who knows how a manifest is hashed."""
     path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | fields
+    del manifest["hash"]
+    manifest["hash"] = xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("fields", [{"state": {"kl_coef": 0.9}}, {"files": {}}, {"inputs": {}}, {"hash": "0" * 32}])
+def test_a_manifest_that_was_altered_is_found_by_its_own_hash(tmp_path: Path, fields: dict[str, object]) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 4)
+    path = save(store, 5) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    found = store.newest()
+    assert found is not None
+    assert found.step == 4
+    assert "manifest cannot be read (it is not what was saved)" in store.damaged[0]
 
 
 def named(name: str) -> dict[str, object]:

@@ -60,7 +60,11 @@ def test_each_kind_survives_being_written_and_read_again(base: Path, kind: tuple
         (["ppo.reward.kind=http", "ppo.reward.url=http://a.example:99999/"], "url is not one of a service"),
         ([*HTTP, "ppo.reward.timeout_s=.inf"], "ppo.reward.timeout_s"),
         (
-            ["ppo.reward.kind=http", "ppo.reward.url=http://a.example/", "ppo.reward.token_variable=T"],
+            [*HTTP, "ppo.reward.token_variable=MY_REWARDS"],
+            "token_variable: a name that ends with TOKEN or KEY",
+        ),
+        (
+            ["ppo.reward.kind=http", "ppo.reward.url=http://a.example/", "ppo.reward.token_variable=T_TOKEN"],
             "the token would travel to a.example unencrypted",
         ),
         ([*FUNCTION, "cluster.shared=[[reference, reward]]"], "take reward out of cluster.shared"),
@@ -110,7 +114,7 @@ def test_an_ensemble_and_a_model_from_scratch_contradict_each_other(base: Path) 
 
 
 def test_what_decides_a_reward_is_told_from_how_long_it_is_waited_for() -> None:
-    http = {"kind": "http", "url": "https://a.example/", "timeout_s": 3.0, "token_variable": "T", "batch": 5}
+    http = {"kind": "http", "url": "https://a.example/", "timeout_s": 3.0, "token_variable": "T_TOKEN", "batch": 5}
     assert RewardSourceConfig.model_validate(http).deciding() == {"kind": "http", "url": "https://a.example/"}
     assert RewardSourceConfig().deciding() == {"kind": "model"}
     ensemble = RewardSourceConfig.model_validate({"kind": "ensemble", "models": ["a"], "how": "uwo"})

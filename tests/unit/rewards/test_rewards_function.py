@@ -286,3 +286,44 @@ def test_a_missing_file_or_module_is_named() -> None:
         load_function("nowhere/mine.py:reward")
     with pytest.raises(ConfigError, match="no_such_module_here cannot be imported"):
         load_function("no_such_module_here:reward")
+
+
+def test_a_secret_in_an_error_is_in_neither_the_reason_nor_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    """Reasons stand in the ledger and in reports."""
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        raise RuntimeError("401 for url: https://rewards.example/score?api_key=planted-Zq9vX0")
+
+    (found,) = score(reward, requests(1))
+    assert found == Failure("function: RuntimeError: 401 for url: https://rewards.example/score?api_key=***")
+    written = capfd.readouterr().err
+    assert "401 for url" in written
+    assert "planted-Zq9vX0" not in written
+
+
+class Hostile(Exception):
+    """Whatever it is asked, it fails."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class NoNumber(Fraction):
+    def __float__(self) -> float:
+        raise ValueError("no number")
+
+
+class NoList:
+    def tolist(self) -> list[float]:
+        raise ValueError("no list")
+
+
+def test_an_error_that_cannot_be_told_and_an_answer_that_cannot_be_read_are_failures() -> None:
+    def fails(prompts: list[str], responses: list[str]) -> list[float]:
+        raise Hostile
+
+    assert score(fails, requests(1)) == [Failure("function: Hostile")]
+    for answer in ([NoNumber(1, 2)], NoList(), torch.empty(1, device="meta")):
+        (found,) = score(lambda prompts, responses, answer=answer: answer, requests(1))
+        assert isinstance(found, Failure)
+        assert found.reason.startswith("function: its answer cannot be read: ")

@@ -182,6 +182,12 @@ def test_a_redirect_is_not_followed_wherever_it_leads(service: Service) -> None:
     assert service.paths == ["/score"]
 
 
+def test_a_redirect_to_a_host_that_nobody_can_have_is_a_failure_like_others(service: Service) -> None:
+    """httpx reads the address of a redirect that it does not follow, and idna fails at it."""
+    service.script = [says("", 302, Location="http://xn--/")]
+    assert score(service, requests(1)) == [Failure("http: IDNAError")]
+
+
 def test_a_dropped_connection_is_tried_again(service: Service) -> None:
     service.script = [drops, breaks_off, right]
     assert score(service, requests(2), retries=2) == [0.0, 1.0]

@@ -12,6 +12,7 @@ from rayrlhf.config import Config, dump_config, load_config
 from rayrlhf.errors import ConfigError
 from rayrlhf.stages.lineage import Lineage
 from rayrlhf.stages.resume import check_same, inputs_of_arm, store_of_arm
+from rayrlhf.stages.roles import deadlines_of
 from rayrlhf.stages.sources import check_source, plan_models
 from rayrlhf.types import Prompt
 
@@ -131,7 +132,7 @@ def test_a_module_is_hashed_without_being_run(folder: Path, monkeypatch: pytest.
 
 LIMITS = [
     *("batch=5", "timeout_s=3", "retries=1", "backoff_s=2", "max_wait_s=9", "concurrency=2", "breaker_failures=9"),
-    *("breaker_pause_s=3", "max_response_mib=2", "token_variable=OTHER"),
+    *("breaker_pause_s=3", "max_response_mib=2", "token_variable=OTHER_TOKEN"),
 ]
 
 
@@ -196,3 +197,14 @@ def test_a_token_that_is_missing_or_none_is_refused_and_not_repeated(
         check_source(config)
     assert said in refused.value.message
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_source_that_is_slow_within_its_own_limits_has_not_hung(folder: Path) -> None:
+    """512 responses in calls of 32, each tried four times for up to 120 s, with 30 s between: 9600 s."""
+    slow = (*function(folder), "ppo.batch_size=512", "ppo.reward.batch=32", "ppo.reward.timeout_s=120")
+    limits = (*slow, "ppo.reward.retries=3", "ppo.reward.max_wait_s=30", "cluster.call_timeout_s=1800")
+    deadlines = deadlines_of(config_of(folder, *limits), "reward", 1)
+    assert deadlines.of("score") == 9600.0
+    deadlines.took("score", 1.0)
+    assert deadlines.of("score") == 9600.0
+    assert deadlines_of(config_of(folder, *limits), "policy", 1).of("update") == 1800.0
