@@ -152,7 +152,7 @@ class RewardSourceConfig(Section):
             )
         if not VARIABLE.search(self.token_variable):
             raise ValueError(
-                "token_variable: a name that ends with TOKEN or KEY is wanted, such as REWARD_TOKEN: by it the value is "
+                "token_variable: a name that ends with TOKEN or KEY is wanted, such as REWARD_TOKEN: the value is thereby "
                 "known for a secret, and kept out of logs and reports"
             )
         return self
