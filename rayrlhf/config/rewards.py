@@ -152,7 +152,7 @@ class RewardSourceConfig(Section):
             )
         if not VARIABLE.search(self.token_variable):
             raise ValueError(
-                "token_variable: a name that ends with TOKEN or KEY is wanted, such as REWARD_TOKEN: the value is thereby "
+                "token_variable: a name that ends with TOKEN or KEY is wanted, such as REWARD_TOKEN: its value is then "
                 "known for a secret, and kept out of logs and reports"
             )
         return self
