@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
-__all__ = ["JOB_VARIABLE", "NodeResources", "connect", "disconnect", "join", "nodes_of"]
+__all__ = ["JOB_VARIABLE", "NodeResources", "connect", "disconnect", "end_own_ray", "join", "nodes_of"]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
@@ -134,13 +135,29 @@ def _stay_on_loopback() -> None:
 
 def disconnect() -> None:
     """Leave Ray. A Ray that `connect` started ends, and every process of it: some outlive its shutdown otherwise."""
+    ours = _own_ray()
+    ray.shutdown()
+    _, alive = psutil.wait_procs(ours, timeout=GRACE_S)
+    _kill(alive)
+
+
+def end_own_ray() -> None:
+    """End a Ray that `connect` started without asking it: its head is lost, and who asks that waits. Ray's own shutdown
+    is not called at the end of this process either."""
+    atexit.unregister(ray.shutdown)
+    _kill(_own_ray())
+
+
+def _own_ray() -> list[psutil.Process]:
     ours: list[psutil.Process] = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if child.name() in ("raylet", "gcs_server"):
                 ours += [child, *child.children(recursive=True)]
-    ray.shutdown()
-    _, alive = psutil.wait_procs(ours, timeout=GRACE_S)
-    for process in alive:
+    return ours
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()

@@ -26,8 +26,7 @@ from rayrlhf.models.attention import use_attention
 from rayrlhf.models.build import checkpoint_activations
 from rayrlhf.models.residence import Part, Residence, tensors_within, weights_of
 from rayrlhf.models.sharding import shard
-from rayrlhf.weights.buckets import bucket_plan
-from rayrlhf.weights.names import publish_names
+from rayrlhf.weights.buckets import bucket_plan, publish_names
 
 __all__ = ["FrozenModel", "Learner", "LearnerSettings", "LossFunction"]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 __all__ = [
     "Rendezvous",
@@ -33,19 +35,25 @@ class Rendezvous:
 
 
 def join_process_group(rendezvous: Rendezvous) -> None:
-    """Start DeepSpeed's process group in this process: gloo on CPU, NCCL on GPUs."""
-    os.environ.update(
-        RANK=str(rendezvous.rank),
-        WORLD_SIZE=str(rendezvous.world_size),
-        LOCAL_RANK="0",  # Ray shows each actor its own device only
-        LOCAL_SIZE="1",
-        MASTER_ADDR=rendezvous.address,
-        MASTER_PORT=str(rendezvous.port),
-    )
+    """Start DeepSpeed's process group in this process: gloo on CPU, NCCL on GPUs.
+
+    Rank 0 listens at the address that the others are told, and at no other: torch's own store listens on every network.
+    """
+    rank, world = rendezvous.rank, rendezvous.world_size
+    # Ray shows each actor its own device only.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
     prepare_process(rendezvous.device, rendezvous.threads, rendezvous.deterministic)
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
-    deepspeed.init_distributed(dist_backend=_backend(rendezvous.device), verbose=False)
+    place, listening = (rendezvous.address, rendezvous.port), None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in rendezvous.address else socket.AF_INET
+        listening = socket.create_server(place, family=family).detach()
+    store = TCPStore(*place, world, rank == 0, default_pg_timeout, master_listen_fd=listening)
+    backend = "nccl" if rendezvous.device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=default_pg_timeout, rank=rank, world_size=world, store=store)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 def prepare_process(device: str, threads: int, deterministic: bool) -> None:
@@ -89,7 +97,3 @@ def reduce_means(sums: Mapping[str, tuple[float, float]], device: torch.device) 
     flat = torch.tensor([sums[n] for n in names], dtype=torch.float64, device=device).reshape(-1, 2)
     total = all_reduce_sum(flat).tolist()
     return {n: s / c if c else float("nan") for n, (s, c) in zip(names, total, strict=True)}
-
-
-def _backend(device: str) -> str:
-    return "nccl" if device == "cuda" else "gloo"

@@ -90,6 +90,7 @@ class _Run:
             try:
                 with suppress(ValueError, RuntimeError):  # signals reach the main thread alone
                     loop.add_signal_handler(signal.SIGTERM, heed)
+                self.context.on_head_lost = partial(loop.call_soon_threadsafe, self.stop.set)
                 progress.phase("starting")
                 await self.roles.start(next(iter(arms.values())))
                 if self.context.data.uses_text:
@@ -107,6 +108,7 @@ class _Run:
             finally:
                 with suppress(OSError):  # the disk may be full
                     clock.close()
+                self.context.on_head_lost = None
                 await self.roles.stop()
                 if loop.remove_signal_handler(signal.SIGTERM):
                     signal.signal(signal.SIGTERM, before)  # asyncio leaves the default, which ends the process as it is

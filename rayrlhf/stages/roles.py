@@ -269,7 +269,7 @@ class RoleSet:
                         await group.call("close")
 
         await asyncio.gather(*(give_back(role) for role in HOLD_SHARED_MEMORY))
-        for group in self.groups.values():
+        for group in self.groups.values() if not self._context.head_lost else ():
             with suppress(Exception):  # Ray may be gone already; the next group must still be tried
                 group.close()
 

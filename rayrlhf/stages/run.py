@@ -23,7 +23,7 @@ from rayrlhf.checkpoint.ledger import LEDGER
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
 from rayrlhf.config.secrets import masked
-from rayrlhf.errors import ConfigError, RayRLHFError, Stopped, printable
+from rayrlhf.errors import ActorError, ConfigError, RayRLHFError, Stopped, printable
 from rayrlhf.evaluation.report import write_report
 from rayrlhf.launch.supported import installed_versions, unsupported
 from rayrlhf.metrics.sinks import RunSink, Sink, WandbSink, read_jsonl
@@ -175,8 +175,11 @@ class _Run:
                     raise Stopped(f"stopped before {stage}", "go on with --resume")
                 summary["stages"][stage] = self._stage(context, stage)
             summary["status"] = "done"
-        except Stopped:
-            raise
+        except Stopped as stopped:
+            if not context.head_lost:
+                raise
+            summary["status"], summary["error"] = "failed", f"the Ray head is lost: {stopped.message}"
+            raise ActorError(f"the Ray head is lost: {stopped.message}", stopped.hint) from None
         except RayRLHFError as error:
             summary["status"], summary["error"] = "failed", masked(f"{type(error).__name__}: {error}")
             raise

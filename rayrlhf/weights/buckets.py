@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
-__all__ = ["BucketHeader", "TensorSpec", "bucket_plan", "device_sums", "fingerprint", "pack", "unpack"]
+__all__ = ["BucketHeader", "TensorSpec", "bucket_plan", "device_sums", "fingerprint", "pack", "publish_names", "unpack"]
 
 # Tensors start at multiples of this, so that a view in any dtype is aligned.
 ALIGNMENT = 64
@@ -67,6 +67,16 @@ class BucketHeader:
     def from_dict(cls, data: dict[str, Any]) -> BucketHeader:
         specs = tuple(TensorSpec(n, d, tuple(int(x) for x in s), int(o)) for n, d, s, o in data["specs"])
         return cls(int(data["version"]), int(data["index"]), specs)
+
+
+def publish_names(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) in module order, one entry per name even where two names share a parameter.
+
+    The names are a Hugging Face checkpoint's. A tied head shares its parameter with the embedding. An engine that packs
+    its head for fast products keeps a copy of it, and that copy stays old, silently, unless the head is sent under its
+    own name too.
+    """
+    return list(module.named_parameters(remove_duplicate=False))
 
 
 def bucket_plan(sizes: Iterable[tuple[str, int]], bucket_bytes: int, smaller: int = 0) -> list[list[str]]:

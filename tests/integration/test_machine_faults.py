@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,17 @@ def test_an_engine_that_loses_a_shard_is_replaced(runs: Runs, tmp_path: Path) ->
     assert done["cause"][0].startswith("rollout rank 0 ")
 
 
-def test_a_run_whose_head_dies_says_so_and_goes_on_with_resume(runs: Runs, tmp_path: Path) -> None:
-    case, folder = CASES["head killed in update"], tmp_path / "run"
+@pytest.mark.parametrize("fault", ["killed", "hung"])
+def test_a_run_that_loses_its_head_says_so_saves_what_it_learned_and_goes_on_with_resume(
+    fault: str, runs: Runs, tmp_path: Path
+) -> None:
+    case, folder = CASES[f"head {fault} in update"], tmp_path / "run"
     run_case(case, runs.command(folder, case.shape), folder, runs.in_peace(case.shape), tmp_path / "log")
     said = " ".join((tmp_path / "log").read_text().split())
     assert "the Ray head is lost: nothing answers at 127.0.0.1:" in said
-    assert "go on with --resume" in said
+    assert re.search(
+        r"ActorError: the Ray head is lost: stopped after step \d+, which is saved hint: go on with --resume", said
+    )
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

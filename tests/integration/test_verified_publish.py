@@ -22,8 +22,7 @@ from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.models.build import PolicyModel, from_scratch
 from rayrlhf.types import PromptTokens, Rollout, SampleRequest
-from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack
-from rayrlhf.weights.names import publish_names
+from rayrlhf.weights.buckets import BucketHeader, bucket_plan, fingerprint, pack, publish_names
 from rayrlhf.weights.probe import ProbeRow, probe_rows
 from rayrlhf.weights.publish import EngineReceipt, Publication, SentBucket, WeightPublisher
 from rayrlhf.weights.transports import create_sender

@@ -56,6 +56,20 @@ def test_a_head_that_answers_no_more_is_told_of_once_with_the_cure() -> None:
     assert "--resume" in text
 
 
+def test_some_time_after_a_loss_the_process_is_ended_unless_it_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for a head that hangs waits for ever."""
+    ended: list[str] = []
+    for end_s, expected in ((0.05, ["by force"]), (60.0, [])):
+        monkeypatch.setattr(head, "END_S", end_s)
+        said: list[str] = []
+        watch = HeadWatch(said.append, "127.0.0.1:9", every_s=0.01, end=lambda: ended.append("by force"))
+        assert heard(said, 5)
+        heard(ended, 0.5)
+        watch.stop()
+        assert ended == expected
+        ended.clear()
+
+
 def test_a_watch_that_is_stopped_says_nothing() -> None:
     said: list[str] = []
     watch = HeadWatch(said.append, "127.0.0.1:9", every_s=0.2)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rayrlhf.weights.names import publish_names
+from rayrlhf.weights.buckets import publish_names
 
 
 def llama(tied: bool) -> LlamaForCausalLM:
