@@ -1,6 +1,6 @@
 """The plan's seconds beside real PPO steps on this CPU, phase by phase, after `plan --calibrate`.
 
-    python benchmarks/plan_time.py [--cases 10M:32:128,30M:32:192] [--json]
+    python benchmarks/plan_time.py [--cases 10M:32:128,10M:64:96,30M:32:192] [--json]
 
 A case is a size, responses a step and tokens of the longest response; none of them is used in calibrating. Measured is
 the stage `ppo` as `rayrlhf run` runs it, with given log-normal lengths, a quarter of the longest in the mean;
@@ -42,7 +42,7 @@ SHAPES = {
 
 
 def main(
-    cases: str = "10M:32:128,30M:32:192",
+    cases: str = "10M:32:128,10M:64:96,30M:32:192",
     steps: int = 3,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:

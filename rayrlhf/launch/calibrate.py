@@ -37,7 +37,9 @@ SPECS = {
     "large": FromScratch(hidden_size=512, layers=6, heads=8, vocab_size=VOCABULARY, context=PROMPT + RESPONSE),
 }
 SEQUENCES = (8, 32)
-"""of a micro-batch; of an engine's batch as well"""
+"""of an engine's batch"""
+LEARNED = (2, 8, 32)
+"""of a micro-batch; with the fewest an update is little but its optimizer step"""
 REPEATS = 3
 PATIENCE_S = 180.0
 
@@ -199,7 +201,7 @@ def _learn(threads: int, pipe: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, spec in SPECS.items():
             learner = _learner(from_scratch(spec, VOCABULARY, 0, 1, seed=0), folder)
-            for sequences in SEQUENCES:
+            for sequences in LEARNED:
                 made = _experiences(sequences)
                 rollouts, rows, rate = [e.rollout for e in made], [range(len(made))], 1e-6
                 cutting = Cutting(sequences * (PROMPT + RESPONSE))

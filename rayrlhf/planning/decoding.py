@@ -34,6 +34,8 @@ class Generation:
     """of it, while fewer than half of the engine's places are taken and nothing waits"""
     places: int
     """sequences that run at once"""
+    finished: tuple[tuple[float, float], ...] = ()
+    """when each response of one engine is done, and its tokens, of those that were simulated"""
 
 
 def forward_flops(shape: ModelShape, tokens: float, asked: float, attended: float) -> float:
@@ -109,19 +111,24 @@ def generate_seconds(role: Role, work: Workload, hardware: Hardware, assume: Ass
     shards = role.devices if work.gpu else 1.0
     room = int(cache / kv_bytes_per_token(role.shape, work.dtype_bytes, shards) / work.sequence_tokens)
     places = max(1, min(work.max_sequences, room))
-    decoding, tail = _decode(decoder, lengths, work.prompt_tokens, places)
+    decoding, tail, done = _decode(decoder, lengths, work.prompt_tokens, places)
     prefill = mine * decoder.prefill(work.prompt_tokens)
     # What is left out of the simulation goes through as its middle does: without a second tail.
-    decoding += (mine / count - 1) * (decoding - tail)
-    return Generation(decoding + prefill, prefill, tail, min(places, mine))
+    all_decoded = decoding + (mine / count - 1) * (decoding - tail)
+    finished = tuple((prefill + at * all_decoded / decoding, length) for at, length in done)
+    return Generation(all_decoded + prefill, prefill, tail, min(places, mine), finished)
 
 
-def _decode(decoder: Decoder, lengths: list[float], prompt: float, places: int) -> tuple[float, float]:
-    """(Seconds until all are done, of them those with less than half of the places taken)."""
+def _decode(
+    decoder: Decoder, lengths: list[float], prompt: float, places: int
+) -> tuple[float, float, list[tuple[float, float]]]:
+    """(Seconds until all are done, of them those with less than half of the places taken, when each is done and its
+    tokens)."""
     waiting = iter(lengths)
     running: list[tuple[float, float]] = []
     """(the step at which it is done, the step at which it began)"""
     now = seconds = tail = began = 0.0
+    finished: list[tuple[float, float]] = []
     for length in islice(waiting, places):
         heapq.heappush(running, (length, 0.0))
     full = len(running)
@@ -134,9 +141,10 @@ def _decode(decoder: Decoder, lengths: list[float], prompt: float, places: int) 
             seconds += took
             tail += took if count < full / 2 else 0.0
         now = done
+        finished.append((seconds, done - start))
         heapq.heappop(running)
         began -= start
         for length in islice(waiting, 1):
             heapq.heappush(running, (now + length, now))
             began += now
-    return seconds, tail
+    return seconds, tail, finished

@@ -26,6 +26,8 @@ PHASES = ("generate", "score", "estimate", "update", "publish", "move")
 # What a step of Adam reads and writes of a parameter, in float32: gradient, weight and two moments; all but the first
 # go back.
 ADAM_BYTES = 28
+# Of a batch, as actors/pool.py hands it over.
+PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class RoleClock:
         if work.gpu:
             return max((sum(seconds.get(r, 0.0) for r in roles) for roles in work.device_sets()), default=0.0)
         busy = sum(s * work.roles[r].ranks * work.roles[r].devices for r, s in seconds.items())
-        return max([busy / self.hardware.per_node, *seconds.values()], default=0.0)
+        return max([busy / self.hardware.per_node, *seconds.values()], default=0.0) / self.assume["cpu_share"]
 
     def score(self, role: Role) -> float:
         work, assume = self.work, self.assume
@@ -68,6 +70,29 @@ class RoleClock:
         if any(role in self.work.sharing("rollout") for role in score):
             return 0.0
         return min(0.9 * self.together(score), self.assume["scored_early"] * generate)
+
+    def scored_beside(self, score: Mapping[str, float], generation: Generation, generate: float) -> tuple[float, float]:
+        """On a CPU: seconds of scoring that are over when the last response comes, and those that are left.
+
+        Whoever scores takes the engines' cores meanwhile, each thread as much as any other, and sampling takes as much
+        longer. A part is scored once all of it is there; the last one, of the longest responses, has most tokens.
+        """
+        cores, engines = self.hardware.per_node, self.work.roles["rollout"]
+        drawing = engines.ranks * engines.devices
+        scoring = sum(self.work.roles[name].ranks * self.work.roles[name].devices for name in score)
+        busy = max(1.0, (drawing + scoring) / cores)
+        draw_rate, score_rate = max(1.0, drawing / cores) / busy, max(1.0, scoring / cores) / busy
+        at_once, finished = -(-len(generation.finished) // PARTS), generation.finished
+        whole = sum(self.work.prompt_tokens + tokens for _, tokens in finished)
+        drawn = waiting = early = 0.0
+        for part in (finished[i : i + at_once] for i in range(0, len(finished), at_once)):
+            at = part[-1][0] * generate / generation.seconds
+            # Until it is there somebody scores beside, as long as there is something to score.
+            done = min(waiting, (at - drawn) / draw_rate * score_rate)
+            tokens = sum(self.work.prompt_tokens + tokens for _, tokens in part)
+            waiting += self.together(score) * tokens / whole + self.assume["call_ms"] * 1e-3 - done
+            drawn, early = at, early + done
+        return early, waiting
 
     def update(self, role: Role) -> float:
         """All minibatches of a step."""
@@ -205,13 +230,19 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     update = {name: clock.update(roles[name]) for name in ("policy", "value") if name in roles}
     generate = generation.seconds
     if not work.gpu:  # engines on few cores
-        generate *= max(1.0, rollout.ranks * rollout.devices / hardware.per_node)
+        generate *= max(1.0, rollout.ranks * rollout.devices / hardware.per_node) / assume["cpu_share"]
     # Learners that are busy with another batch score this one when it comes to them.
-    early = clock.scored_early(_of(score, frozen) if work.overlap else score, generate)
+    scored = _of(score, frozen) if work.overlap else score
+    if work.gpu:
+        early = clock.scored_early(scored, generate)
+        late = clock.together(score) - early
+    else:
+        early, late = clock.scored_beside(scored, generation, generate)
+        late += clock.together(score) - clock.together(scored)
     phases = {
         # On a CPU whoever scores meanwhile takes the engines' cores.
         "generate": generate + (0.0 if work.gpu else early) + assume["call_ms"] * 1e-3,
-        "score": clock.together(score) - early,
+        "score": late,
         "estimate": work.batch_size / roles["policy"].ranks * assume["estimate_us"] * 1e-6 + assume["call_ms"] * 1e-3,
         "update": clock.together(update),
         "publish": clock.publish(),

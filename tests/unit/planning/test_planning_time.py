@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 
 from rayrlhf.planning.assumptions import Assumptions, assumptions_for
-from rayrlhf.planning.decoding import Decoder, forward_flops, generate_seconds
+from rayrlhf.planning.decoding import Decoder, Generation, forward_flops, generate_seconds
 from rayrlhf.planning.hardware import Hardware, hardware_named
 from rayrlhf.planning.lengths import response_lengths
 from rayrlhf.planning.memory import RankMemory, rank_memory
 from rayrlhf.planning.shapes import ModelShape
-from rayrlhf.planning.time import StepTime, step_time
+from rayrlhf.planning.time import RoleClock, StepTime, step_time
 from rayrlhf.planning.workload import Role, Workload
 
 Make = Callable[..., Workload]
@@ -139,6 +139,26 @@ def test_finished_responses_are_scored_while_others_are_sampled(
     assert gone == pytest.approx(1e-4 * late.phases["generate"])
     shared = timed(workload(shared=(("policy", "rollout"),)), hardware, assume)
     assert shared.phases["score"] == late.phases["score"]
+
+
+def test_scoring_beside_sampling_shares_the_cores_of_a_cpu_and_the_longest_responses_come_last(
+    workload: Make, hardware: Hardware, assume: Assumptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine's thread and one scorer's on one core: each goes half as fast while both are there.
+
+    Eight responses, to prompts of 4 tokens, are done after 1, 2, ... 8 s. With 6 tokens each the scoring of every one
+    takes 1 s, and is over in the 2 s that the next one then takes: seven are scored early, one is left. With 76 tokens
+    the last one and its prompt are 80 of 150, and so is what is left of 8 s.
+    """
+    one_core = hardware.model_copy(update={"device": hardware.device.model_copy(update={"per_node": 1})})
+    clock = RoleClock(workload(gpu=False), one_core, assume)
+    monkeypatch.setattr(clock, "together", lambda seconds: 8.0)
+    alike = Generation(8.0, 0.0, 0.0, 8, tuple((float(i), 6.0) for i in range(1, 9)))
+    assert clock.scored_beside({"reward": 8.0}, alike, generate=8.0) == pytest.approx((7.0, 1.0))
+    tail = replace(alike, finished=(*alike.finished[:7], (8.0, 80.0 - 4.0)))
+    early, late = clock.scored_beside({"reward": 8.0}, tail, generate=8.0)
+    assert late == pytest.approx(8.0 * 80 / 150)
+    assert early + late == pytest.approx(8.0)
 
 
 def test_overlap_takes_the_longer_side(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
