@@ -186,12 +186,16 @@ def whole(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return output / "whole"
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)], ids=["killed", "asked to end"])
+@pytest.mark.parametrize(
+    ("step", "how", "code"),
+    [(1, signal.SIGKILL, -9), (2, signal.SIGTERM, 143), (STEPS - 1, signal.SIGKILL, -9)],
+    ids=["killed after the first step", "asked to end", "killed before the last step"],
+)
 def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
-    whole: Path, finished: FinishedRun, tmp_path: Path, how: signal.Signals, code: int
+    whole: Path, finished: FinishedRun, tmp_path: Path, step: int, how: signal.Signals, code: int
 ) -> None:
     run, folder = arguments(finished, tmp_path, "ended"), tmp_path / "ended"
-    assert end_after(2, run, folder, how) == code
+    assert end_after(step, run, folder, how) == code
     assert not (folder / "model").exists()
     done = rayrlhf("ppo", *run, "--resume")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -206,6 +210,26 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
     for model in ("model", "model_ema"):
         mine, other = (load_file(f / model / "model.safetensors") for f in (folder, whole))
         assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_an_overlapping_run_that_was_killed_goes_on_with_each_sample_once_and_none_older_than_it_may_be(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    """Not bit by bit: batches that were under way are drawn anew, by the policy of the checkpoint."""
+    pacing = ("ppo.pacing={kind: overlap, max_staleness: 1}", "ppo.importance_cap=2.0")
+    run, folder = arguments(finished, tmp_path, "overlapping", *pacing), tmp_path / "overlapping"
+    assert end_after(2, run, folder, signal.SIGKILL) == -9
+    done = rayrlhf("ppo", *run, "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = learned(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    ages = [record["rollout/staleness_max"] for record in records]
+    assert ages[0] == 0.0
+    assert max(ages) <= 1.0
+    audit = rayrlhf("audit", str(folder))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    samples = [sample for step in steps_of(folder).values() for sample, *_ in step]
+    assert sorted(samples) == list(range(len(samples)))
 
 
 def test_a_changed_setting_is_refused_and_more_steps_are_not(finished: FinishedRun, whole: Path) -> None:
