@@ -39,7 +39,7 @@ SHAPES: dict[str, list[str]] = {
     "plain": [],
     "two ranks": ["cluster.policy.ranks=2", "cluster.value.ranks=2", "ppo.zero_stage=1"],
     "two shards": ["rollout.tensor_parallel=2", "cluster.rollout.threads=1"],
-    "long": ["ppo.steps=120"],
+    "long": ["ppo.steps=200"],
 }
 
 

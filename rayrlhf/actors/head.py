@@ -15,7 +15,7 @@ from rayrlhf.actors.cluster import end_own_ray
 
 __all__ = ["HeadWatch"]
 
-EVERY_S, ANSWER_S = 2.0, 2.0
+EVERY_S, ANSWER_S = 2.0, 5.0
 # How HTTP/2 begins (RFC 9113, section 3.4), and an empty frame of settings: what gRPC's server speaks, and answers.
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
 # A head that is only slow to answer is not gone.
