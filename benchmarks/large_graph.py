@@ -294,6 +294,7 @@ class _Graph:
             folder=folder,
             console=Console(quiet=True),
             kept=SimpleNamespace(take=lambda role, fit: None),
+            head_lost=False,
             log=lambda name: str(folder / f"{name}.log"),
             data=SimpleNamespace(tokenizer=range(50257)),
         )
