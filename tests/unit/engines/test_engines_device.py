@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -109,8 +111,29 @@ def test_bfloat16_is_asked_of_deepspeed() -> None:
     assert _learner_config(settings(dtype="bfloat16"), 1)["bf16"] == {"enabled": True}
 
 
-def test_gpus_talk_over_nccl_and_cpus_over_gloo() -> None:
-    assert [distributed._backend(device) for device in ("cuda", "cpu")] == ["nccl", "gloo"]
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "nccl"), ("cpu", "gloo")])
+def test_gpus_talk_over_nccl_and_cpus_over_gloo_and_rank_0_listens_where_the_others_look_for_it_alone(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    asked: list[str] = []
+    stores: list[Any] = []
+
+    def init_process_group(backend: str, store: Any, **_: Any) -> None:
+        asked.append(backend)
+        stores.append(store)
+
+    monkeypatch.setattr(distributed, "prepare_process", lambda *_: None)
+    monkeypatch.setattr(distributed.dist, "init_process_group", init_process_group)
+    monkeypatch.setattr("deepspeed.init_distributed", lambda dist_backend, verbose: asked.append(dist_backend))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
+        monkeypatch.setenv(name, "as it was")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    distributed.join_process_group(distributed.Rendezvous(0, 1, "127.0.0.1", port, device, 1, deterministic=False))
+    assert asked == [backend, backend]
+    connections = psutil.Process().net_connections("inet")
+    assert [c.laddr.ip for c in connections if c.status == "LISTEN" and c.laddr.port == port] == ["127.0.0.1"]
+    assert stores[0].port == port
 
 
 def test_a_deterministic_process_says_so_to_cublas_and_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
