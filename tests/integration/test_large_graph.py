@@ -3,7 +3,7 @@
 - The whole graph on 64 nodes is played through on paper, by Ray's PACK as benchmarks/large_graph.py has it.
 - An eighth of it, of the same shape, runs on a real Ray of nine nodes that declare eight GPUs each: 22 processes,
   placed by the product, and the same rule holds. They are stand-ins without torch; nothing is loaded or computed.
-- All bundles of the whole graph on 64 real nodes of Ray: `python benchmarks/large_graph.py`, by hand.
+- All bundles of the whole graph are reserved on a real Ray of 64 such nodes, and an eighth of its actors started there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rayrlhf.actors.placement import largest_first, plan_ppo
@@ -50,6 +51,17 @@ def test_on_paper_the_whole_graph_fills_50_of_64_nodes(graph: dict[str, Any]) ->
         "rollout": [8] * 32,  # an engine's eight shards are on one node
     }
     assert sum(row["ranks"] for row in graph["full"]) == 176
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.skipif(psutil.virtual_memory().total < 16 * 2**30, reason="64 nodes of Ray take 8 GiB")
+def test_a_real_ray_of_64_nodes_reserves_the_whole_graph_where_the_paper_says(graph: dict[str, Any]) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "large_graph.py", "--nodes=64", "--share=8", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=480, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["reserved"]["bundles"] == 176
+    assert by_role(found["reserved"]["roles"]) == by_role(graph["full"])
 
 
 def test_on_a_real_ray_every_role_of_an_eighth_lands_where_the_plan_says(graph: dict[str, Any]) -> None:
