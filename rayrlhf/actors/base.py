@@ -20,6 +20,7 @@ __all__ = [
     "SHOW_STACK",
     "Actor",
     "Whereabouts",
+    "free_address",
     "leaves_data",
     "peak_memory_gib",
     "segments_of",
@@ -79,11 +80,7 @@ class Actor:
         return this_node()
 
     def free_address(self) -> tuple[str, int]:
-        """This node's address and a free port on it."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port: int = probe.getsockname()[1]
-        return ray.util.get_node_ip_address(), port
+        return free_address()
 
     def memory_gib(self) -> float:
         """Resident memory of this process, with the GPU memory it allocated."""
@@ -91,6 +88,14 @@ class Actor:
 
         gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         return float(psutil.Process().memory_info().rss + gpu) / 2**30
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address and a free port on it."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return ray.util.get_node_ip_address(), port
 
 
 def this_node() -> str:

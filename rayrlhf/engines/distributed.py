@@ -15,6 +15,7 @@ __all__ = [
     "Rendezvous",
     "all_reduce_max",
     "all_reduce_sum",
+    "form_group",
     "join_process_group",
     "prepare_process",
     "reduce_means",
@@ -35,18 +36,21 @@ class Rendezvous:
 
 
 def join_process_group(rendezvous: Rendezvous) -> None:
-    """Start DeepSpeed's process group in this process: gloo on CPU, NCCL on GPUs.
+    """Start DeepSpeed's process group in this process, of which Ray shows its own device only."""
+    os.environ.update(RANK=str(rendezvous.rank), WORLD_SIZE=str(rendezvous.world_size), LOCAL_RANK="0", LOCAL_SIZE="1")
+    prepare_process(rendezvous.device, rendezvous.threads, rendezvous.deterministic)
+    form_group(rendezvous)
+
+
+def form_group(rendezvous: Rendezvous) -> None:
+    """DeepSpeed's process group, of processes that are prepared: gloo on CPU, NCCL on GPUs.
 
     Rank 0 listens at the address that the others are told, and at no other: torch's own store listens on every network.
     """
-    rank, world = rendezvous.rank, rendezvous.world_size
-    # Ray shows each actor its own device only.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0", LOCAL_SIZE="1")
-    prepare_process(rendezvous.device, rendezvous.threads, rendezvous.deterministic)
     import deepspeed
     from deepspeed.constants import default_pg_timeout
 
-    place, listening = (rendezvous.address, rendezvous.port), None
+    place, rank, world, listening = (rendezvous.address, rendezvous.port), rendezvous.rank, rendezvous.world_size, None
     if rank == 0:
         family = socket.AF_INET6 if ":" in rendezvous.address else socket.AF_INET
         listening = socket.create_server(place, family=family).detach()

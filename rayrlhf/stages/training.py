@@ -8,6 +8,7 @@ which one to go on.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 
 import ray
 
-from rayrlhf.actors.base import use_rays_network
+from rayrlhf.actors.base import free_address, use_rays_network
 from rayrlhf.actors.placement import plan_training
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
@@ -193,7 +194,8 @@ def _start(
 
 
 def _over_rays_network(backend: str) -> Any:
-    """Ray Train's process group over the interface that Ray found: by itself gloo asks the host's name."""
+    """Workers are told where to meet, and do so by themselves: Ray Train's own way listens on every network, and gloo
+    would ask the host's name."""
     from ray.train.torch import TorchConfig
 
     class Config(TorchConfig):  # type: ignore[misc]
@@ -204,11 +206,16 @@ def _over_rays_network(backend: str) -> Any:
             class Backend(plain):  # type: ignore[misc]
                 def on_start(self, worker_group: Any, backend_config: Any) -> None:
                     worker_group.execute(use_rays_network)
-                    super().on_start(worker_group, backend_config)
+                    address, port = worker_group.execute_single(0, free_address)
+                    worker_group.execute(_meet_at, address, port)
 
             return Backend
 
     return Config(backend=backend)
+
+
+def _meet_at(address: str, port: int) -> None:
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
 
 
 def worker(config: dict[str, Any]) -> None:
@@ -216,18 +223,21 @@ def worker(config: dict[str, Any]) -> None:
     import ray.train
 
     from rayrlhf.actors.base import peak_memory_gib, send_output_to, show_stack_when_asked, whereabouts
-    from rayrlhf.engines.distributed import prepare_process
+    from rayrlhf.engines.distributed import Rendezvous, form_group, prepare_process
     from rayrlhf.metrics.sinks import JsonLines, to_json
 
     job: TrainingJob = config["job"]
-    rank = ray.train.get_context().get_world_rank()
+    here = ray.train.get_context()
+    rank, world = here.get_world_rank(), here.get_world_size()
     send_output_to(Path(job.logs[rank]))
     show_stack_when_asked()
     say_where(job.checkpoints, rank, whereabouts(job.logs[rank]))
     prepare_process(job.device, job.threads, job.deterministic)
-    import deepspeed
-
-    deepspeed.init_distributed(dist_backend="nccl" if job.device == "cuda" else "gloo", verbose=False)
+    # DeepSpeed reads it: Ray Train shows a worker all GPUs of its node that the run has.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(here.get_local_rank()))
+    os.environ["LOCAL_WORLD_SIZE"] = str(here.get_local_world_size())
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    form_group(Rendezvous(rank, world, *place, job.device, job.threads, job.deterministic))
     start = perf_counter()
     result = job.body(job)
     if rank == 0:
