@@ -222,7 +222,8 @@ def _gpt2(config: Config, name: str) -> ModelShape:
     hidden, context = config["n_embd"], config["n_positions"]
     inner = config.get("n_inner") or 4 * hidden
     layer = _Layer(4 * hidden**2, 4 * hidden, 4 * hidden, 2 * hidden * inner, inner + hidden)
-    return _plain(config, name, layer, hidden, config["n_layer"], config["n_head"], inner, context, context, True)
+    sizes = _Sizes(hidden, config["n_layer"], config["n_head"], inner, context, positions=context)
+    return _plain(config, name, layer, sizes, tied_by_default=True)
 
 
 def _opt(config: Config, name: str) -> ModelShape:
@@ -230,9 +231,10 @@ def _opt(config: Config, name: str) -> ModelShape:
     biased, affine = config.get("enable_bias", True), config.get("layer_norm_elementwise_affine", True)
     rest, mlp_rest = (4 * hidden, inner + hidden) if biased else (0, 0)
     layer = _Layer(4 * hidden**2, rest, 4 * hidden * bool(affine), 2 * hidden * inner, mlp_rest)
-    sizes = (hidden, config["num_hidden_layers"], config["num_attention_heads"], inner)
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     # Positions are offset by two (padding), as fairseq had them.
-    shape = _plain(config, name, layer, *sizes, context, context + 2, True)
+    sizes = _Sizes(hidden, layers, heads, inner, context, positions=context + 2)
+    shape = _plain(config, name, layer, sizes, tied_by_default=True)
     narrow = config.get("word_embed_proj_dim") or hidden
     projections = 2 * narrow * hidden if narrow != hidden else 0  # in and out
     normed = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False)
@@ -248,42 +250,46 @@ def _gpt_neox(config: Config, name: str) -> ModelShape:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     rest = 4 * hidden if config.get("attention_bias", True) else 0
     layer = _Layer(4 * hidden**2, rest, 4 * hidden, 2 * hidden * inner, inner + hidden)
-    sizes = (hidden, config["num_hidden_layers"], config["num_attention_heads"], inner)
-    return _plain(config, name, layer, *sizes, config["max_position_embeddings"], 0, False)
+    layers, heads, context = (
+        config[key] for key in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    )
+    sizes = _Sizes(hidden, layers, heads, inner, context, positions=0)
+    return _plain(config, name, layer, sizes, tied_by_default=False)
 
 
-def _plain(
-    config: Config,
-    name: str,
-    layer: _Layer,
-    hidden: int,
-    layers: int,
-    heads: int,
-    inner: int,
-    context: int,
-    positions: int,
-    tied_by_default: bool,
-) -> ModelShape:
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    hidden: int
+    layers: int
+    heads: int
+    inner: int
+    """the MLP's width"""
+    context: int
+    positions: int
+    """embeddings of positions that are learned"""
+
+
+def _plain(config: Config, name: str, layer: _Layer, sizes: _Sizes, *, tied_by_default: bool) -> ModelShape:
     """GPT's kind: LayerNorm, two matrices in the MLP, as many heads for keys as for queries."""
-    vocab = config["vocab_size"]
+    vocab, hidden = config["vocab_size"], sizes.hidden
     return ModelShape(
         name=name,
         hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        kv_heads=sizes.heads,
+        head_dim=hidden // sizes.heads,
         vocab=vocab,
-        context=context,
-        embeddings=(vocab + positions) * hidden,
-        in_layers=layers * layer.total,
-        multiplied=layers * (layer.attention + layer.mlp),
+        context=sizes.context,
+        embeddings=(vocab + sizes.positions) * hidden,
+        in_layers=sizes.layers * layer.total,
+        multiplied=sizes.layers * (layer.attention + layer.mlp),
         final=2 * hidden,
         head=vocab * hidden,
         tied=bool(config.get("tie_word_embeddings", tied_by_default)),
         largest_layer=layer.total,
-        largest_tensor=max(vocab * hidden, hidden * inner),
-        mlp_width=inner,
+        largest_tensor=max(vocab * hidden, hidden * sizes.inner),
+        mlp_width=sizes.inner,
         gated=False,
         rms_norm=False,
     )
