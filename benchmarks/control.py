@@ -4,7 +4,8 @@
 
 A stand-in waits as long as the real thing would take, and answers with ids and empty handles. What is left is the
 driver's own work: its CPU seconds per rollout actor and step, the length of an overlapping step beside its longer side,
-its memory over a hundred steps, and the ledger's time for a step of 512 samples, the flush to the disk included.
+its memory over a hundred steps, the ledger's time for a step of 512 samples, the flush to the disk included, and what
+looking after everybody's health takes of a step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from common import machine, print_result, print_table
 
 from rayrlhf.actors.base import leaves_data
 from rayrlhf.actors.group import ActorGroup
+from rayrlhf.actors.head import _knock
 from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
@@ -34,6 +36,7 @@ from rayrlhf.checkpoint.ledger import Facts
 from rayrlhf.driver.loop import Parts, run_ppo
 from rayrlhf.driver.pacing import OverlapPacing, PromptStream, SyncPacing
 from rayrlhf.driver.protocols import RolloutBatch, ScoredBatch
+from rayrlhf.driver.recovery import Deadlines
 from rayrlhf.metrics.clock import StepClock
 from rayrlhf.stages.ledger import Ledger
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
@@ -144,6 +147,7 @@ def main(
     rows = [asyncio.run(_measure(count, steps)) for count in map(int, actors.split(","))]
     facts = {**machine("cpu"), "steps": steps, "growth_ratio": rows[-1]["driver_cpu_ms"] / rows[0]["driver_cpu_ms"]}
     facts |= asyncio.run(_overlap()) | asyncio.run(_memory(memory_steps)) | {"ledger_step_ms": _ledger_ms()}
+    facts["health_step_ms"] = _health_ms()
     ray.shutdown()
     if not as_json:
         print_table("driver CPU per rollout actor and step; stand-ins that take no time", rows)
@@ -188,6 +192,21 @@ def _ledger_ms(samples: int = 512, steps: int = 50) -> float:
             start = time.perf_counter()
             ledger.step(step, ScoredBatch(RolloutBatch(infos, ()), (), step))
             took.append(time.perf_counter() - start)
+    return 1000 * median(took)
+
+
+def _health_ms(calls: int = 100, steps: int = 50) -> float:
+    """Of a step of so many calls: a deadline for each and what it took, and a knock at Ray's head, which is due every
+    other second."""
+    deadlines, took = Deadlines(60.0, 10.0, 1800.0), list[float]()
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    for _ in range(steps):
+        start = time.perf_counter()
+        for _ in range(calls):
+            deadlines.of("update")
+            deadlines.took("update", 1.0)
+        _knock(host, int(port))
+        took.append(time.perf_counter() - start)
     return 1000 * median(took)
 
 

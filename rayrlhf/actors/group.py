@@ -44,15 +44,25 @@ SAME_CAUSE_S = 2.0
 class ActorGroup:
     """All ranks of one role."""
 
-    def __init__(self, placement: RolePlacement, call_timeout_s: float, devices: SharedDevices | None = None) -> None:
-        """`devices` that the role shares with others; None gives it its own."""
+    def __init__(
+        self,
+        placement: RolePlacement,
+        call_timeout_s: float,
+        devices: SharedDevices | None = None,
+        look_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+            devices: that the role shares with others; None gives it its own.
+            look_s: `cluster.recovery.look_s`; as `call_timeout_s` without it.
+        """
         self.role = placement.role
         self.placement = placement
         self.actors: list[Any] = []
         self.devices = devices
         self.deadlines: Deadlines | None = None
         """For calls that say none of their own; `call_timeout_s` without it."""
-        self._timeout = call_timeout_s
+        self._timeout, self._look_s = call_timeout_s, look_s or call_timeout_s
         self._ahead: list[list[float]] = [[] for _ in range(placement.ranks)]
         """by rank, how long each call that it has not answered may take"""
         self._where: list[Whereabouts | None] = [None] * placement.ranks
@@ -119,7 +129,7 @@ class ActorGroup:
         with suppress(Exception):  # gone already
             ray.kill(self.actors[rank])
         if where is not None:
-            await end_process(where)
+            await end_process(where, self._look_s)
 
     async def _room(self, timeout_s: float) -> None:
         try:
@@ -167,7 +177,7 @@ class ActorGroup:
         """End every actor, and give back the bundles and what shared memory the actors leave."""
         for actor in self.actors:
             ray.kill(actor)
-        clear_after([where for where in self._where if where is not None])
+        clear_after([where for where in self._where if where is not None], self._look_s)
         if self.devices is not None:
             self.devices.leave(self)
         else:
@@ -202,7 +212,7 @@ class ActorGroup:
 
     async def _too_late(self, rank: int, method: str, timeout_s: float) -> ActorTimeout:
         where = self._where[rank]
-        stuck = f"; it is in {await stack_of(where)}" if where else ""
+        stuck = f"; it is in {await stack_of(where, self._look_s)}" if where else ""
         return ActorTimeout(
             f"{self.role} rank {rank} did not finish {method} within {timeout_s:g} s{stuck}",
             "raise cluster.call_timeout_s (cluster.recovery.hang_floor_s) if that is too short; else see "

@@ -23,37 +23,35 @@ from rayrlhf.actors.base import SHOW_STACK, Whereabouts, segments_of
 
 __all__ = ["clear_after", "end_process", "innermost_frames", "stack_of"]
 
-# A new worker of Ray's has to start for it.
-ANSWER_S = 20.0
 WRITTEN_S = 2.0
 # Children of a process that died by itself notice it, and end.
 GONE_S = 5.0
 
 
-async def stack_of(where: Whereabouts) -> str:
+async def stack_of(where: Whereabouts, within_s: float) -> str:
     """The innermost frames of the process's threads, as it has written them to its log; why not, if it has not."""
     try:
-        return str(await _on_node(where, _show_stack))
+        return str(await _on_node(where, _show_stack, within_s))
     except Exception as error:  # the node may be gone
         return f"(no stack: {type(error).__name__})"
 
 
-async def end_process(where: Whereabouts) -> None:
+async def end_process(where: Whereabouts, within_s: float) -> None:
     """SIGKILL, to its children too: Ray asks a process that hangs to end, and waits for it. What shared memory it
     leaves is given back."""
     with suppress(Exception):  # the node may be gone
-        await _on_node(where, _end)
+        await _on_node(where, _end, within_s)
 
 
-def clear_after(ended: Sequence[Whereabouts]) -> None:
+def clear_after(ended: Sequence[Whereabouts], within_s: float) -> None:
     """Give back the shared memory of processes that have been ended."""
     clearing = [_asked(where, _end) for where in ended if where.segments]
     if clearing:
-        ray.wait(clearing, num_returns=len(clearing), timeout=ANSWER_S)
+        ray.wait(clearing, num_returns=len(clearing), timeout=within_s)
 
 
-async def _on_node(where: Whereabouts, task: object) -> object:
-    return await asyncio.wait_for(_result(_asked(where, task)), ANSWER_S)
+async def _on_node(where: Whereabouts, task: object, within_s: float) -> object:
+    return await asyncio.wait_for(_result(_asked(where, task)), within_s)
 
 
 def _asked(where: Whereabouts, task: object) -> Any:

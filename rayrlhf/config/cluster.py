@@ -42,6 +42,9 @@ class RecoveryConfig(Section):
     """A call in PPO hangs when it takes longer than this and longer than ..."""
     hang_factor: Annotated[float, Field(gt=1, allow_inf_nan=False, strict=True)] = 10.0
     """... so many times the longest one of its kind so far. The first of a kind may take `cluster.call_timeout_s`."""
+    look_s: Positive = 20.0
+    """Deadline for what is asked of a node about a process of its own that hangs or is gone: where it is stuck, to end
+    it, to give back what it leaves. A new worker of Ray's has to start for that."""
 
 
 RoleName = Literal["policy", "reference", "reward", "value", "rollout"]

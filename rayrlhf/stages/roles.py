@@ -87,8 +87,10 @@ class RoleSet:
         kept = {p.role: self._context.kept.take(p.role, self._fit(p)) for p in self._planned}
         devices = self._shared_devices()
         for placement in largest_first(self._planned):
-            role, limit = placement.role, self._config.cluster.call_timeout_s
-            self.groups[role] = kept[role] or ActorGroup(placement, limit, devices.get(role))
+            role, cluster = placement.role, self._config.cluster
+            self.groups[role] = kept[role] or ActorGroup(
+                placement, cluster.call_timeout_s, devices.get(role), cluster.recovery.look_s
+            )
         self._handle = ray.put(list(self._prompts))
 
         async def start_model(role: str) -> None:

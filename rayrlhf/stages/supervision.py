@@ -166,7 +166,7 @@ class Supervision:
             ActorTimeout: they have not begun, or cannot be ended.
         """
         where = told_where(self._plan)
-        stuck = asyncio.run(_stuck(where))
+        stuck = asyncio.run(_stuck(where, self._context.config.cluster.recovery.look_s))
         error = ActorTimeout(
             "; ".join(["its workers have said nothing before the deadline", *stuck]),
             f"see {self._job.logs[0]}; raise cluster.start_timeout_s or cluster.call_timeout_s if they are only slow",
@@ -250,10 +250,10 @@ def lost_worker(error: BaseException) -> str | None:
     return None
 
 
-async def _stuck(where: Mapping[int, Whereabouts]) -> list[str]:
+async def _stuck(where: Mapping[int, Whereabouts], within_s: float) -> list[str]:
     """In words, where each rank is; none of them is anywhere afterwards."""
-    stacks = await asyncio.gather(*map(stack_of, where.values()))
-    await asyncio.gather(*map(end_process, where.values()))
+    stacks = await asyncio.gather(*(stack_of(one, within_s) for one in where.values()))
+    await asyncio.gather(*(end_process(one, within_s) for one in where.values()))
     return [f"worker {rank} is in {stack}" for rank, stack in zip(where, stacks, strict=True)]
 
 

@@ -105,6 +105,7 @@ def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
     assert 1.0 <= found["overlap_to_longer_side_ratio"] < found["sync_step_s"] / 0.6
     assert found["rows"][0]["driver_cpu_ms"] > 0
+    assert 0 < found["health_step_ms"] < 10
 
 
 def test_a_ppo_step_and_the_plain_loop_beside_it_do_the_same_work() -> None:

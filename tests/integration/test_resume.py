@@ -212,6 +212,24 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
         assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_so_is_a_run_of_two_ranks_under_zero(finished: FinishedRun, tmp_path: Path, stage: int) -> None:
+    ranks = ("cluster.policy.ranks=2", "cluster.value.ranks=2", f"ppo.zero_stage={stage}", f"ppo.steps={STEPS - 1}")
+    runs = {name: arguments(finished, tmp_path / name, "run", *ranks) for name in ("whole", "ended")}
+    done = rayrlhf("ppo", *runs["whole"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, folder = tmp_path / "whole" / "run", tmp_path / "ended" / "run"
+    assert end_after(1, runs["ended"], folder, signal.SIGKILL) == -9
+    done = rayrlhf("ppo", *runs["ended"], "--resume")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "ledger.jsonl").read_text().count('"event":"rollback"') == 1
+    assert [record["step"] for record in learned(folder)] == [1, 2, 3]
+    assert learned(folder) == learned(whole)
+    assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    mine, other = (load_file(f / "model" / "model.safetensors") for f in (folder, whole))
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
 def test_an_overlapping_run_that_was_killed_goes_on_with_each_sample_once_and_none_older_than_it_may_be(
     finished: FinishedRun, tmp_path: Path
 ) -> None:

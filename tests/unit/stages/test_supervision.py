@@ -166,10 +166,11 @@ def looked_after(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The processes that are ended, whereupon the group fails."""
     ended: list[int] = []
 
-    async def stack_of(where: Whereabouts) -> str:
+    async def stack_of(where: Whereabouts, within_s: float) -> str:
+        assert within_s == stage.context.config.cluster.recovery.look_s
         return f'File "{where.log}", line {where.pid}'
 
-    async def end_process(where: Whereabouts) -> None:
+    async def end_process(where: Whereabouts, within_s: float) -> None:
         ended.append(where.pid)
         if len(ended) == 2:
             stage.hanging.set_exception(GONE)
