@@ -29,6 +29,7 @@ from rayrlhf.actors.placement import RolePlacement
 from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.config.model import FromScratch
+from rayrlhf.config.ppo import WeightsConfig
 from rayrlhf.data.batching import Cutting
 from rayrlhf.engines.deepspeed import LearnerSettings
 from rayrlhf.models.build import from_scratch
@@ -80,7 +81,7 @@ def main(
     sizes: str = "4M,4M-deep,30M,125M",
     engines: str = "1,2",
     rounds: int = ROUNDS,
-    bucket_mib: float = 64.0,
+    bucket_mib: float = WeightsConfig().bucket_mib,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)

@@ -227,7 +227,7 @@ class WeightsConfig(Section):
     transport: str = "shared_memory"
     """A name in rayrlhf.weights.transports: shared_memory (and Ray's object store to other nodes); on GPUs nccl, for
     engines with GPUs of their own, and ipc, for engines that share a GPU with a policy rank."""
-    bucket_mib: Positive = 64.0
+    bucket_mib: Positive = 128.0
     """Weights travel in buckets of at most this size, or of one larger tensor; ZeRO-3 gathers one at a time."""
     probe_tokens: Annotated[int, Field(ge=64, le=LARGEST_INT, strict=True)] = 64
     """Tokens, spread over the vocabulary, whose log-probs trainer and engine must agree on after each publish."""

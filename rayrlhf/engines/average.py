@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class WeightAverage:
 
     def __init__(self, module: nn.Module, decay: float, rank: int) -> None:
         self._decay = decay
-        self._parameters = [p for p in module.parameters() if rank == 0 or hasattr(p, "ds_tensor")]
+        self._parameters: list[Any] = [p for p in module.parameters() if rank == 0 or hasattr(p, "ds_tensor")]
         self.tensors = [tensor.detach().float().clone() for tensor in self._held()]
 
     @torch.no_grad()
@@ -41,8 +42,9 @@ class WeightAverage:
 
     @torch.no_grad()
     def _fill(self, values: list[Tensor]) -> None:
-        for weights, value in zip(self._held(), values, strict=True):
+        for parameter, weights, value in zip(self._parameters, self._held(), values, strict=True):
             weights.copy_(value)
+            parameter.ds_secondary_tensor = None  # hpZ's copy
 
     def _held(self) -> list[Tensor]:
         """What this rank stores of each parameter; asked for anew, since DeepSpeed may move it."""

@@ -31,7 +31,7 @@ from rayrlhf.weights.buckets import bucket_plan, publish_names
 __all__ = ["FrozenModel", "Learner", "LearnerSettings", "LossFunction"]
 
 # So many buckets of a publish grow up to the size that the config says.
-FIRST_BUCKETS = 3
+FIRST_BUCKETS = 2
 
 M = TypeVar("M")
 M_contra = TypeVar("M_contra", contravariant=True)

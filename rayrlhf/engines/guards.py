@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rayrlhf.checkpoint.disk import write_whole
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Rollout
@@ -115,9 +115,9 @@ def write_batch(
         tensors = {f"{i}.{key}": t for i, m in enumerate(micro_batches) for key, t in tensors_of(m).items()}
         folder.mkdir(parents=True, exist_ok=True)
         # Copies: safetensors takes neither views nor two names of the same memory.
-        _write(path, save({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}))
+        write_whole(path, save({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}))
         text = json.dumps(_plain(description), indent=2, ensure_ascii=False)
-        _write(path.with_suffix(".json"), text.encode())
+        write_whole(path.with_suffix(".json"), text.encode())
     except Exception as error:  # a full disk must not hide the error that led here, nor leave the others waiting
         return path, f"{type(error).__name__}: {error}"
     return path, ""
@@ -358,15 +358,6 @@ def _write_report(learner: Learner, problem: str, search: _Search, micro_batches
     folder = Path(settings.failed_folder)
     path, fault = write_batch(folder, f"{settings.role}-{learner.rank}", micro_batches, description)
     return f"its batch could not be written to {path} ({fault})" if fault else f"its batch is in {path}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

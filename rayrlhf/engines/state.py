@@ -81,8 +81,9 @@ def load_state(learner: Learner, folder: Path) -> None:
 
 def _partition(learner: Learner) -> None:
     sharded: list[Any] = [p for p in learner.module.parameters() if hasattr(p, "ds_tensor")]
-    if sharded:
-        sharded[0].partition(sharded)  # those that are not gathered stay as they are
+    for parameter in sharded:
+        parameter.partition()  # one that is not gathered stays as it is
+        parameter.ds_secondary_tensor = None  # hpZ's copy, which a pass would rather gather from
 
 
 def _state(learner: Learner) -> dict[str, Tensor]:

@@ -44,10 +44,14 @@ def shard(module: nn.Module, config: Mapping[str, Any], dtype: str) -> None:
         config: DeepSpeed's, of ZeRO-3.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
     first = dist.get_rank() == 0
     for parameter in module.parameters():
         wanted = getattr(torch, dtype) if parameter.is_floating_point() else parameter.dtype
         # Of the other ranks' values nothing is kept: no need to touch them.
         parameter.data = parameter.data.to(wanted) if first else torch.empty_like(parameter.data, dtype=wanted)
-    deepspeed.zero.Init(module=module, config_dict_or_path=dict(config))
+    # hpZ's group of ranks is one for the whole process, and DeepSpeed does not make it twice.
+    hierarchical = config["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
+    group = groups._get_zero_param_intra_parallel_group() if hierarchical else None
+    deepspeed.zero.Init(module=module, config_dict_or_path=dict(config), zero_param_parallel_group=group)

@@ -72,7 +72,7 @@ class Workload:
     max_sequences: int = 256
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.9
-    bucket_bytes: float = 64 * 2**20
+    bucket_bytes: float = 128 * 2**20
     recomputes_old: bool = True
     """the policy scores its responses before the first update"""
     overlap: bool = False

@@ -23,7 +23,7 @@ def test_at_least_the_tokens_asked_for_are_probed_in_range_and_within_the_contex
     assert len(probed(rows)) >= tokens
     assert all(0 <= token < vocab for row in rows for token in [*row.context, *row.targets])
     assert all(type(token) is int for row in rows for token in [*row.context, *row.targets])
-    assert {len(row.context) for row in rows} == {min(8, context - 1)}
+    assert {len(row.context) for row in rows} == {min(4, context - 1)}
 
 
 def test_sixty_four_tokens_take_two_rows_of_thirty_two():
