@@ -341,12 +341,14 @@ class PolicyActor(_LearnerActor):
         finally:
             if last:
                 self._buckets.close()  # lets a gathered bucket go
+        packed = perf_counter()
+        digest = fingerprint(header, buffer)  # of bytes that nobody else is at yet
+        printed = perf_counter()
         ticket = self._sender.send(header)
         if self._elsewhere:
             ticket = attach_copy(ticket, buffer)
-        packed = perf_counter()
-        digest = fingerprint(header, buffer)
-        return SentBucket(ticket, digest, header.nbytes, last, packed - start, perf_counter() - packed)
+        gather_s = perf_counter() - start - (printed - packed)
+        return SentBucket(ticket, digest, header.nbytes, last, gather_s, printed - packed)
 
     def probe(self, rows: Sequence[ProbeRow]) -> list[float]:
         self._check_same()

@@ -177,7 +177,7 @@ class EnginePool:
             while True:
                 up = await self._some_engine()
                 try:
-                    result = await self._bring(version, self._policy, up)
+                    result = await self._bring(version, up)
                 except WeightSyncError:
                     if not (any(engine.replacing for engine in up) or self._coming()):
                         raise
@@ -208,15 +208,20 @@ class EnginePool:
             future.cancel()
         await asyncio.gather(*replacing, return_exceptions=True)
 
-    async def _bring(self, version: int, policy: PolicySide, engines: Sequence[EngineSide]) -> Publication:
+    async def _bring(self, version: int, engines: Sequence[EngineSide], again: bool = False) -> Publication:
         """Publish to these engines; those that pass serve, those whose actors fail are replaced."""
         try:
             async with held_by((self._policy.group, "weights"), (self._group, "all")):
-                result = await self._publisher.publish(version, policy, engines)
+                result = await self._publisher.publish(version, self._policy.to(engines, again), engines)
+        except WeightSyncError:
+            self._policy.moved()
+            raise
         finally:
             for engine in engines:
                 if engine.lost and self._replace:
                     self._start_replacing(engine, engine.lost)
+        if result.quarantined:
+            self._policy.moved()
         passed = [engine for engine in engines if engine.name in result.committed]
         self._serving = sorted([*self._serving, *passed], key=lambda engine: engine.rank)
         return result
@@ -256,7 +261,7 @@ class EnginePool:
         assert self._version is not None
         try:
             if late:
-                await self._bring(self._version, self._policy.again(), late)
+                await self._bring(self._version, late, again=True)
         except PolicyMovedOn:
             return False
         except WeightSyncError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,22 +62,29 @@ class PolicySide:
         self._engines = engines
         self._transport = transport
         self._workers = workers
-        self._elsewhere: bool | None = None
-        self._again = False
+        self._to: list[int] = []
+        self._met: list[int] | None = None
+        """the engines that it can reach as things are"""
+        self._elsewhere = self._again = False
 
-    def again(self) -> PolicySide:
-        """The same, for engines that come late to a version: the policy refuses if it has learned since."""
-        late = copy.copy(self)
-        late._again = True
-        return late
+    def to(self, engines: Sequence[EngineSide], again: bool = False) -> PolicySide:
+        """For the next publish: whom it goes to, who are all that may wait in a broadcast.
+
+        Args:
+            again: they come late to a version; the policy refuses if it has learned since.
+        """
+        self._to, self._again = [engine.rank for engine in engines], again
+        return self
 
     def moved(self) -> None:
-        """Actors of this role or engines have been replaced: they have to find each other again."""
-        self._elsewhere = None
+        """Actors of this role or engines have been replaced, or have failed: they have to find each other again."""
+        self._met = None
 
     async def start_publish(self, version: int) -> SentBucket:
-        if self._elsewhere is None:
+        if self._met != self._to:
+            self._met = None
             self._elsewhere = await self._connect()
+            self._met = self._to
         return _joined(await self.group.call("start_publish", version, self._elsewhere, self._again))
 
     async def next_bucket(self) -> SentBucket:
@@ -89,13 +95,13 @@ class PolicySide:
 
         An engine that is lost is left out: the publish will find it so, and they meet again once it is replaced.
         """
-        nodes = (self._engines.call_rank(rank, "node") for rank in range(self._engines.ranks))
+        nodes = (self._engines.call_rank(rank, "node") for rank in self._to)
         home, *found = await asyncio.gather(self.group.call_rank(0, "node"), *nodes, return_exceptions=True)
         if isinstance(home, BaseException):
             raise home
-        there = [rank for rank, node in enumerate(found) if isinstance(node, str)]
+        there = {rank: node for rank, node in zip(self._to, found, strict=True) if isinstance(node, str)}
         if not self._transport.meets:
-            return any(found[rank] != home for rank in there)
+            return self._transport.relayed and any(node != home for node in there.values())
         address, port = await self.group.call_rank(0, "free_address")
         world = 1 + len(there) * self._workers
         firsts = range(1, world, self._workers)

@@ -11,7 +11,6 @@ ranks: one pass of equally many micro-batches, and one exchange of what was foun
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rayrlhf.checkpoint.disk import write_whole
+from rayrlhf.checkpoint.evidence import write_tensors
 from rayrlhf.engines.distributed import all_reduce_sum
 from rayrlhf.errors import TrainingError
 from rayrlhf.types import Rollout
@@ -33,7 +32,7 @@ from rayrlhf.types import Rollout
 if TYPE_CHECKING:
     from rayrlhf.engines.deepspeed import Learner, LossFunction
 
-__all__ = ["check_step", "first_bad_tensor", "local_grad_norm", "tensors_of", "write_batch"]
+__all__ = ["check_step", "first_bad_tensor", "local_grad_norm", "tensors_of"]
 
 M = TypeVar("M")
 
@@ -96,31 +95,6 @@ def first_bad_tensor(
     _look_everywhere(search, learner, micro_batches, loss_function, dummy)
     found = [finding for finding in _all_gather(search.first) if finding is not None]
     return min(found, key=_Finding.order).name if found else None
-
-
-def write_batch(
-    folder: Path, name: str, micro_batches: Sequence[Any], description: Mapping[str, Any]
-) -> tuple[Path, str]:
-    """Write a rank's micro-batches to `<folder>/<name>.safetensors` and the description to `<name>.json` beside it.
-
-    A tensor is called `<micro-batch>.<its dotted name>`. Each file appears whole or not at all.
-
-    Returns:
-        The path of the tensors, and what went wrong ("" when both files are there).
-    """
-    path = folder / f"{name}.safetensors"
-    try:
-        from safetensors.torch import save
-
-        tensors = {f"{i}.{key}": t for i, m in enumerate(micro_batches) for key, t in tensors_of(m).items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        # Copies: safetensors takes neither views nor two names of the same memory.
-        write_whole(path, save({key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}))
-        text = json.dumps(_plain(description), indent=2, ensure_ascii=False)
-        write_whole(path.with_suffix(".json"), text.encode())
-    except Exception as error:  # a full disk must not hide the error that led here, nor leave the others waiting
-        return path, f"{type(error).__name__}: {error}"
-    return path, ""
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------
@@ -356,19 +330,9 @@ def _write_report(learner: Learner, problem: str, search: _Search, micro_batches
         "settings": dataclasses.asdict(settings),
     }
     folder = Path(settings.failed_folder)
-    path, fault = write_batch(folder, f"{settings.role}-{learner.rank}", micro_batches, description)
+    tensors = {f"{i}.{key}": t for i, batch in enumerate(micro_batches) for key, t in tensors_of(batch).items()}
+    path, fault = write_tensors(folder, f"{settings.role}-{learner.rank}", tensors, description)
     return f"its batch could not be written to {path} ({fault})" if fault else f"its batch is in {path}"
-
-
-def _plain(value: Any) -> Any:
-    """As JSON takes it: it has no NaN, so numbers that are not finite become words."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
 
 
 def _ranks() -> int:

@@ -7,8 +7,6 @@ finish_weight_update.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,9 +30,6 @@ from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
 __all__ = ["BACKEND", "WeightReceiver", "WorkerExtension"]
 
 BACKEND = "rayrlhf"
-# glibc's numbers, malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LARGEST_KEPT = 2**30
 
 
 @dataclass
@@ -56,7 +51,6 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     supports_draft_weight_update = False
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        _keep_freed_memory()
         self._receiver: Receiver = create_receiver(init_info.transport)
         self._held = {name for name, _ in self.model.named_parameters()}
         self._reload = create_reload(self.model, self.model_config)
@@ -147,17 +141,6 @@ class WorkerExtension:
     def memory_bytes(self) -> int:
         """Device memory in use on a GPU; 0 on CPU, where the actor's own resident size tells."""
         return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
-def _keep_freed_memory() -> None:
-    """Let this process keep large blocks that it freed, for the next bucket.
-
-    glibc gives them back to the kernel at once, and faulting the pages in again costs more than the copy does.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            libc.mallopt(option, LARGEST_KEPT)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -21,6 +21,7 @@ __all__ = ["BucketHeader", "TensorSpec", "bucket_plan", "device_sums", "fingerpr
 ALIGNMENT = 64
 # Odd, and without a pattern in their bits: the golden ratio's and pi's first 63.
 MIXERS = (0x4F1BBCDCBFA53E0B, 0x3243F6A8885A308D)
+SUMMED = 2**23
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +152,13 @@ def device_sums(data: torch.Tensor) -> torch.Tensor:
     Returns:
         int64 [2], on the device of `data`.
     """
-    short = -data.numel() % 8
-    words = torch.nn.functional.pad(data, (0, short)).view(torch.int64) if short else data.view(torch.int64)
-    places = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=data.device)
-    return torch.stack([(words * ((places * k) ^ ((places * k) >> 29) | 1)).sum() for k in MIXERS])
+    sums = torch.zeros(2, dtype=torch.int64, device=data.device)
+    for start in range(0, data.numel(), SUMMED):  # a piece at a time: beside it are four of its size
+        piece = data[start : start + SUMMED]
+        words = torch.nn.functional.pad(piece, (0, -piece.numel() % 8)).view(torch.int64)
+        places = torch.arange(1, words.numel() + 1, dtype=torch.int64, device=data.device) + start // 8
+        sums += torch.stack([(words * ((places * k) ^ ((places * k) >> 29) | 1)).sum() for k in MIXERS])
+    return sums
 
 
 def _view(buffer: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -35,10 +35,12 @@ class Transport:
     """sender and receivers form a group before the first bucket"""
     every_rank: bool = False
     """each rank of the policy sends to the workers near it; the tickets' `handles` are joined"""
+    relayed: bool = False
+    """engines on other nodes get a copy of each bucket through Ray's object store"""
 
 
 TRANSPORTS = {
-    "shared_memory": Transport("rayrlhf.weights.transports.shared_memory"),
+    "shared_memory": Transport("rayrlhf.weights.transports.shared_memory", relayed=True),
     "nccl": Transport("rayrlhf.weights.transports.nccl", meets=True),
     "ipc": Transport("rayrlhf.weights.transports.ipc", every_rank=True),
 }

@@ -15,10 +15,10 @@ from torch.multiprocessing import reductions as torch_reductions
 from rayrlhf.errors import WeightSyncError
 from rayrlhf.weights.buckets import BucketHeader
 from rayrlhf.weights.transports import Meeting
+from rayrlhf.weights.transports.device import DeviceBuffers
 
 __all__ = ["create_receiver", "create_sender"]
 
-SEGMENTS = 2
 reductions: Any = torch_reductions  # which have no types
 DEVICE_ARGUMENT = 6
 """of torch's rebuild_cuda_tensor: the sender's number of the GPU, which the receiver may count otherwise"""
@@ -38,26 +38,21 @@ def _gpu() -> str:
 
 class _Sender:
     def __init__(self) -> None:
-        self._buffers: list[torch.Tensor | None] = [None] * SEGMENTS
-        self._turn = 0
+        self._buffers = DeviceBuffers()
 
     def meet(self, meeting: Meeting) -> None:
         """The ticket says everything."""
 
     def reserve(self, nbytes: int) -> torch.Tensor:
-        self._turn = (self._turn + 1) % SEGMENTS
-        buffer = self._buffers[self._turn]
-        if buffer is None or buffer.numel() < nbytes:
-            buffer = self._buffers[self._turn] = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-        return buffer
+        return self._buffers.next(nbytes)
 
     def send(self, header: BucketHeader) -> dict[str, Any]:
         torch.cuda.current_stream().synchronize()  # the other process sees memory, not this one's queue
-        _, arguments = reductions.reduce_tensor(self._buffers[self._turn])
+        _, arguments = reductions.reduce_tensor(self._buffers.newest)
         return {"header": header.to_dict(), "handles": {_gpu(): pickle.dumps(arguments)}}
 
     def close(self) -> None:
-        self._buffers = [None] * SEGMENTS
+        self._buffers = DeviceBuffers()
 
 
 class _Receiver:

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 
 from rayrlhf.actors.pool import EnginePool, ExpectedTokens
-from rayrlhf.actors.publishing import PolicySide
 from rayrlhf.actors.rollout import RolloutActor
-from rayrlhf.errors import ActorLost, WeightSyncError
+from rayrlhf.errors import WeightSyncError
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
-from rayrlhf.weights.publish import Publication, SentBucket
-from rayrlhf.weights.transports import TRANSPORTS, Meeting
+from rayrlhf.weights.publish import Publication
 
 PROMPTS = [PromptTokens(i, [1] * (5 + i)) for i in range(20)]  # type: ignore[arg-type]
 
@@ -181,55 +179,6 @@ def test_nothing_is_sampled_before_weights_are_verified():
 
     with pytest.raises(WeightSyncError, match="no engine holds verified weights"):
         asyncio.run(run())
-
-
-class Meets(Engines):
-    """A group of actors that form a group of the transport's own."""
-
-    def __init__(self, role: str, ranks: int) -> None:
-        super().__init__(ranks)
-        self.role, self.met, self.lost = role, dict[int, Meeting](), set[int]()
-
-    async def call_rank(self, rank: int, method: str, *args: Any) -> Any:
-        if rank in self.lost:
-            raise ActorLost(f"{self.role} rank {rank}: the actor died")
-        if method == "node":
-            return "node"
-        if method == "free_address":
-            return "10.0.0.1", 555
-        self.met[rank] = args[0]
-        return None
-
-    async def call(self, method: str, *shared: Any, each: Sequence[tuple[Any, ...]] = ()) -> list[Any]:
-        handles = [{f"GPU {rank}": rank} for rank in range(self.ranks)]
-        return [SentBucket({"header": {}, "handles": h}, "f", 8, True) for h in handles]
-
-
-def test_a_transport_with_a_group_meets_once_with_a_rank_for_every_worker_of_every_engine():
-    policy, engines = Meets("policy", 2), Meets("rollout", 3)
-    source = PolicySide(policy, engines, TRANSPORTS["nccl"], workers=2)  # type: ignore[arg-type]
-    asyncio.run(source.start_publish(0))
-    assert policy.met == {0: Meeting("10.0.0.1", 555, 7, 0)}
-    assert engines.met == {i: Meeting("10.0.0.1", 555, 7, 1 + 2 * i) for i in range(3)}
-    engines.met = {}
-    asyncio.run(source.start_publish(1))
-    assert engines.met == {}
-
-
-def test_an_engine_that_died_with_the_policys_node_is_left_out_of_the_group_and_does_not_end_the_publish():
-    policy, engines = Meets("policy", 2), Meets("rollout", 3)
-    engines.lost = {1}
-    source = PolicySide(policy, engines, TRANSPORTS["nccl"], workers=2)  # type: ignore[arg-type]
-    asyncio.run(source.start_publish(0))
-    assert policy.met == {0: Meeting("10.0.0.1", 555, 5, 0)}
-    assert engines.met == {0: Meeting("10.0.0.1", 555, 5, 1), 2: Meeting("10.0.0.1", 555, 5, 3)}
-
-
-def test_the_handles_of_all_ranks_go_out_with_rank_0s_ticket():
-    policy = Meets("policy", 2)
-    source = PolicySide(policy, Meets("rollout", 1), TRANSPORTS["nccl"], workers=1)  # type: ignore[arg-type]
-    bucket = asyncio.run(source.next_bucket())
-    assert bucket.ticket == {"header": {}, "handles": {"GPU 0": 0, "GPU 1": 1}}
 
 
 class Commits:

@@ -1,6 +1,5 @@
 """What the guard names, and what it writes: plain modules in one process."""
 
-import errno
 import json
 import math
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayrlhf.data.batching import Cutting
-from rayrlhf.engines import guards
 from rayrlhf.engines.batches import cut_experiences
-from rayrlhf.engines.guards import check_step, first_bad_tensor, local_grad_norm, tensors_of, write_batch
+from rayrlhf.engines.guards import check_step, first_bad_tensor, local_grad_norm, tensors_of
 from rayrlhf.errors import TrainingError
 from tests.engine_fakes import CPU, PlainEngine, experiences
 
@@ -193,24 +191,8 @@ def test_a_search_that_fails_still_raises_the_training_error(tmp_path: Path) -> 
         check_step(Guarded(Root(), tmp_path), math.inf, 1.0, broken, batches(), batches()[0])
 
 
-def test_views_shared_memory_and_any_number_type_are_written(tmp_path: Path) -> None:
-    whole = torch.arange(6).reshape(2, 3)
-    batch = (whole.T, whole, torch.tensor([True]), torch.ones(2, dtype=torch.bfloat16), np.float32([1.5]))
-    path, fault = write_batch(tmp_path / "new" / "folder", "value-3", [batch], {"loss": math.inf, "rank": 3})
-    assert fault == ""
-    assert path == tmp_path / "new" / "folder" / "value-3.safetensors"
-    assert load_file(path)["0.0"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert load_file(path)["0.4"].tolist() == [1.5]
-    assert json.loads(path.with_suffix(".json").read_text()) == {"loss": "inf", "rank": 3}
-
-
-def test_a_full_disk_is_reported_and_leaves_no_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> int:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(guards.Path, "write_bytes", full)
-    path, fault = write_batch(tmp_path, "policy-0", batches(), {})
-    assert "No space left on device" in fault
-    assert not path.exists()
-    assert not list(tmp_path.iterdir())
+def test_tensors_of_any_number_type_are_found() -> None:
+    batch = (torch.ones(2, 3).T, torch.tensor([True]), torch.ones(2, dtype=torch.bfloat16), np.float32([1.5]))
+    found = tensors_of(batch)
+    assert found.keys() == {"0", "1", "2", "3"}
+    assert found["3"].tolist() == [1.5]

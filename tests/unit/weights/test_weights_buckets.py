@@ -9,7 +9,9 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rayrlhf.weights import buckets
 from rayrlhf.weights.buckets import BucketHeader, TensorSpec, bucket_plan, device_sums, fingerprint, pack, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool)
@@ -220,3 +222,28 @@ def test_words_that_changed_places_change_the_sums_that_a_gpu_takes():
         swapped[i], swapped[i + 1] = words[i + 1], words[i]
         found.add(tuple(device_sums(swapped.view(torch.uint8)).tolist()))
     assert len(found) == 1000
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        if isinstance(made, torch.Tensor) and made._base is None:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+@given(st.binary(min_size=1, max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_the_sums_are_taken_a_piece_at_a_time_and_make_nothing_larger(data):
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    whole = device_sums(tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "SUMMED", 64)
+        with Largest() as largest:
+            pieces = device_sums(tensor)
+    assert pieces.tolist() == whole.tolist()
+    assert largest.nbytes <= 64
