@@ -85,8 +85,10 @@ def zero_stage_in_use(asked: int, dtype: str, ranks: int, asks_for_zero: bool) -
     Args:
         asks_for_zero: offload, hpZ or other keys of ZeRO's own are set.
     """
-    if dtype == "bfloat16":  # without ZeRO it would get another optimizer, whose Adam counts one step more
-        return max(1, asked)
+    if dtype == "bfloat16":
+        # Gradients add up in float32: in bfloat16 the sum of some hundred micro-batches stops growing. Below stage 2
+        # that would be another optimizer, whose Adam counts one step more.
+        return max(2, asked)
     # One rank has nothing to shard, and ZeRO's own copies would cost it time and memory.
     return asked if ranks > 1 or asks_for_zero else 0
 

@@ -259,6 +259,7 @@ def _base_config(zero_stage: int, dtype: str) -> dict[str, Any]:
 def _learner_config(settings: LearnerSettings, zero_stage: int) -> dict[str, Any]:
     base = _base_config(zero_stage, settings.dtype)
     return {
+        "data_types": {"grad_accum_dtype": "fp32"},
         **settings.deepspeed,
         **base,
         "zero_optimization": {**settings.deepspeed.get("zero_optimization", {}), **base["zero_optimization"]},

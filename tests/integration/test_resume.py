@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 # ---- a learner's state, at every ZeRO stage --------------------------------------------------------------------------
 
 # ZeRO stage, dtype
-LEARNERS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (1, "bfloat16"), (3, "bfloat16")]
+LEARNERS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, "bfloat16"), (3, "bfloat16")]
 
 
 def new_learner(stage: int, dtype: str, seed: int) -> Any:

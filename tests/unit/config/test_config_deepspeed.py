@@ -101,9 +101,9 @@ def test_one_rank_in_float32_shards_nothing_unless_zero_is_asked_for_by_its_own_
     assert [zero_stage_in_use(stage, "float32", 1, True) for stage in range(4)] == [0, 1, 2, 3]
 
 
-def test_in_bfloat16_zero_is_on_at_stage_1_whatever_is_asked_for() -> None:
+def test_in_bfloat16_zero_is_on_at_stage_2_whatever_is_asked_for() -> None:
     for ranks in (1, 2):
-        assert [zero_stage_in_use(stage, "bfloat16", ranks, False) for stage in range(4)] == [1, 1, 2, 3]
+        assert [zero_stage_in_use(stage, "bfloat16", ranks, False) for stage in range(4)] == [2, 2, 2, 3]
     Config.model_validate(tree({"offload_optimizer": "cpu"}, model={"path": "org/name", "dtype": "bfloat16"}))
 
 

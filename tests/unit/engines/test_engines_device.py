@@ -107,8 +107,12 @@ def test_the_users_keys_join_the_learners_own() -> None:
     assert more == {"wall_clock_breakdown": True, "zero_optimization": {"overlap_comm": True}}
 
 
-def test_bfloat16_is_asked_of_deepspeed() -> None:
-    assert _learner_config(settings(dtype="bfloat16"), 1)["bf16"] == {"enabled": True}
+def test_bfloat16_is_asked_of_deepspeed_and_gradients_that_add_up_in_float32_unless_the_user_says_otherwise() -> None:
+    config = _learner_config(settings(dtype="bfloat16"), 2)
+    assert config["bf16"] == {"enabled": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    small = {"data_types": {"grad_accum_dtype": "bf16"}}
+    assert _learner_config(settings(dtype="bfloat16", deepspeed=small), 2)["data_types"] == small["data_types"]
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cuda", "nccl"), ("cpu", "gloo")])
