@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from rayrlhf.types import RolloutInfo
@@ -11,15 +10,16 @@ __all__ = ["throughput"]
 
 
 def throughput(infos: Sequence[RolloutInfo], seconds: float, times: Mapping[str, float]) -> dict[str, float]:
-    """Tokens per second of sampling and of learning, and how long a step's sampling waited for its longest 2 %.
+    """Tokens per second of sampling and of learning, and the share of a step that waited for its longest 2 %.
 
     Args:
-        infos: the step's responses.
+        infos: the step's responses; at least one is of the longest.
         seconds: that sampling them took.
         times: of the step's phases, as `StepClock.end_step` gives them.
     """
-    finished = sorted(info.seconds for info in infos)
-    waited = finished[-1] - finished[math.ceil(0.98 * len(finished)) - 1]
+    finished, longest = [0.0, *sorted(info.seconds for info in infos)], max(1, len(infos) // 50)
+    # Responses that are drawn while another step learns keep nobody waiting, however long they take.
+    waited = min(finished[-1] - finished[-1 - longest], times["time/generate_s"])
     sampled, update = sum(info.response_tokens for info in infos), times["time/update_s"]
     return {
         "throughput/rollout_tokens_per_s": sampled / seconds if seconds else 0.0,

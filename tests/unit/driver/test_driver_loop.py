@@ -13,8 +13,6 @@ from rayrlhf.checkpoint.ledger import Accounted
 from rayrlhf.driver.loop import run_ppo
 from rayrlhf.driver.pacing import PromptStream, SyncPacing
 from rayrlhf.errors import ActorError, ActorLost, CheckpointError, DataLost, Stopped, TrainingError, WeightSyncError
-from rayrlhf.metrics.throughput import throughput
-from rayrlhf.types import RolloutInfo
 
 BATCH = 3
 # Of one step, in order.
@@ -178,14 +176,6 @@ def test_an_error_in_any_part_ends_the_run_at_once(phase, fail_at):
         drive(world)
     # Frozen and learning models score side by side.
     assert phase in [event[0] for event in world.log[-2 if phase == "frozen" else -1 :]]
-
-
-def test_the_tail_is_what_a_step_waited_for_its_longest_2_percent():
-    finished = [RolloutInfo(i, i, 10, 4, False, 0, seconds=float(i)) for i in range(1, 101)]
-    times = {"time/update_s": 0.0, "time/step_s": 200.0}
-    figures = throughput(finished, 100.0, times)
-    assert figures["rollout/tail_share"] == (100 - 98) / 200
-    assert figures["throughput/train_tokens_per_s"] == 0.0
 
 
 def test_a_sample_older_than_the_pacing_allows_never_reaches_the_learners():
