@@ -48,8 +48,8 @@ def truncated_importance_weights(
         denominator: global token count, for the stats.
 
     Returns:
-        (weights, stats): [B, R], 0 at masked positions, and scalars; no gradients. `weight_mean`, `capped_fraction`
-        (weights that the cap lowered) and `abs_log_gap_mean` are token means; `max_abs_log_gap` is a maximum.
+        (weights, stats): [B, R], 0 at masked positions, and scalars; no gradients. `weight_mean` and `capped_fraction`
+        (weights that the cap lowered) are token means.
 
     Source: Espeholt et al. 2018 (arXiv 1802.01561), section 4.1, the rho of V-trace; for the gap between a rollout
     engine and a trainer: Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems" (cap 2).
@@ -62,8 +62,6 @@ def truncated_importance_weights(
     stats = {
         "weight_mean": masked_mean(weights, mask, denominator),
         "capped_fraction": masked_mean(ratio > cap, mask, denominator),
-        "abs_log_gap_mean": masked_mean(log_gap.abs(), mask, denominator),
-        "max_abs_log_gap": _max_or_zero(log_gap.abs()),
     }
     return weights, stats
 
