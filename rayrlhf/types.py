@@ -120,7 +120,7 @@ class RolloutInfo:
     version: int = 0
     """of the policy that sampled its oldest token"""
     seconds: float = 0.0
-    """from the start of the engine's call until it was finished"""
+    """from the start of the engine's call until it was finished; in a batch, from the first call for it"""
 
 
 @dataclass(frozen=True, slots=True)

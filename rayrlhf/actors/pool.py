@@ -7,9 +7,11 @@ or responses are bound to their engine, it waits for the new one, which gets the
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from time import perf_counter
 from typing import Any
 
 from rayrlhf.actors.group import ActorGroup
@@ -18,6 +20,7 @@ from rayrlhf.actors.sharing import held_by
 from rayrlhf.data.batching import balance
 from rayrlhf.driver.protocols import RolloutBatch
 from rayrlhf.errors import ActorError, PolicyMovedOn, WeightSyncError
+from rayrlhf.metrics.throughput import later
 from rayrlhf.types import PromptTokens, RolloutInfo, SampleRequest
 from rayrlhf.weights.publish import Publication, WeightPublisher
 from rayrlhf.weights.transports import TRANSPORTS
@@ -73,14 +76,16 @@ class EnginePool:
         """
         if self._version is None:
             raise WeightSyncError("no engine holds verified weights", "publish before sampling")
-        least, left = len(requests) / (PARTS + 1), Shares()
+        least, left, begun = len(requests) / (PARTS + 1), Shares(), 0.0
         while True:
             self._look_after_replacements()
             async with self._turn, held_by((self._group, "all")):
+                now = perf_counter()
+                begun = begun or now
                 shares, left = self._shares(left, requests), Shares()
                 async with aclosing(self._drawn(shares, temperature, least, left)) as parts:
                     async for part in parts:
-                        yield part
+                        yield dataclasses.replace(part, infos=later(part.infos, now - begun))
             if not left:
                 return
             await self._engines_again()

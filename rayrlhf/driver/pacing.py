@@ -27,6 +27,7 @@ from rayrlhf.driver.protocols import Handle, Quarantined, RolloutBatch, RolloutP
 from rayrlhf.driver.together import together
 from rayrlhf.errors import TrainingError
 from rayrlhf.metrics.clock import StepClock
+from rayrlhf.metrics.throughput import later
 from rayrlhf.types import RolloutInfo, SampleRequest
 
 __all__ = ["OverlapPacing", "PromptStream", "SyncPacing", "TextStream", "sample_seed"]
@@ -203,7 +204,7 @@ class _Drawing:
         try:
             async with aclosing(rollout.generate(requests)) as arriving:
                 async for part in arriving:
-                    parts.append(part)
+                    parts.append(replace(part, infos=later(part.infos, self._drawn.seconds)))
                     self._waiting.append(part)
                     if self._scoring is None or self._scoring.done():
                         self._next()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rayrlhf.types import RolloutInfo
 
-__all__ = ["throughput"]
+__all__ = ["later", "throughput"]
+
+
+def later(infos: Sequence[RolloutInfo], seconds: float) -> tuple[RolloutInfo, ...]:
+    """The same responses, of a call that began so long after the first one of their batch: finished since that one."""
+    return tuple(replace(info, seconds=info.seconds + seconds) for info in infos)
 
 
 def throughput(infos: Sequence[RolloutInfo], seconds: float, times: Mapping[str, float]) -> dict[str, float]:

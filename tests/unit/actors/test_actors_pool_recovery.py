@@ -189,6 +189,17 @@ def test_when_the_policy_has_learned_meanwhile_the_rest_is_drawn_by_its_next_ver
     assert {info.version for info in infos} == {0, 1}
 
 
+def test_what_is_drawn_again_is_finished_as_long_after_the_batch_began_as_it_is():
+    class Slow(Engines):
+        async def replace(self, rank: int, cause: ActorError) -> None:
+            await asyncio.sleep(0.02)
+
+    seconds = {info.sample_id: info.seconds for info in run(Slow(1, lambda rank, call: call == 4))[:12]}
+    # A publish, two parts of two responses, and then it dies.
+    assert [seconds[sample] for sample in range(4)] == [0.0] * 4
+    assert all(seconds[sample] >= 0.02 for sample in range(4, 12))
+
+
 def test_an_engine_that_may_not_be_replaced_any_more_ends_the_batch_with_the_reason():
     engines = Engines(1, lambda rank, call: call == 3)
 

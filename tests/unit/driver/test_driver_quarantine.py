@@ -104,6 +104,21 @@ def test_the_whole_group_of_a_failed_sample_goes_and_a_whole_new_one_comes(pacin
 
 
 @pacings
+def test_a_replacement_is_finished_as_long_after_its_batch_began_as_it_was_drawn(pacing: str) -> None:
+    class Slow(Failing):
+        async def generate(self, requests):
+            await asyncio.sleep(0.02)
+            async for part in super().generate(requests):
+                yield part
+
+    world = Slow({1: "broken", 4: "broken"})
+    drive(world, pacing, steps=1, size=4)
+    seconds = {info.sample_id: info.seconds for info in world.batches[0].rollouts.infos}
+    assert [seconds[sample] for sample in (0, 2, 3)] == [0.0, 0.0, 0.0]
+    assert 0.04 <= seconds[5] <= world.batches[0].rollouts.seconds - 0.02, "two rounds of sampling went before it"
+
+
+@pacings
 def test_a_quarantined_sample_names_its_prompt(pacing: str) -> None:
     world = Failing({1: "broken"})
     drive(world, pacing, steps=1, size=4)
