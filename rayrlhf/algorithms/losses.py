@@ -118,14 +118,9 @@ def ppo_policy_loss(
             "clip_fraction": masked_mean(clipped > unclipped, mask, denominator),
             "ratio_mean": masked_mean(ratio, mask, denominator),
             "approx_kl": masked_mean(kl_estimate(old, new, "k3"), mask, denominator),
-            "max_abs_log_ratio": _max_or_zero(log_ratio.abs()),
+            "max_abs_log_ratio": torch.cat([log_ratio.abs().flatten(), log_ratio.new_zeros(1)]).amax(),
         }
     return masked_mean(losses, mask, denominator), stats
-
-
-def _max_or_zero(x: Tensor) -> Tensor:
-    """Return max(0, max_i x_i), a scalar, for any number of entries, none included."""
-    return torch.cat([x.flatten(), x.new_zeros(1)]).amax()
 
 
 def ppo_value_loss(

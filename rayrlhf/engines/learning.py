@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rayrlhf.algorithms import ppo_policy_loss, ppo_value_loss
+from rayrlhf.algorithms import ppo_policy_loss, ppo_value_loss, truncated_importance_weights
 from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.batches import ExperienceBatch, cut_experiences, dummy_experience
@@ -30,7 +30,7 @@ from rayrlhf.types import Experience
 __all__ = ["TextShare", "UpdateSettings", "update_policy", "update_value"]
 
 Module = Callable[..., Tensor]
-POLICY_STATS = ("loss", "abs_log_ratio", "clip_fraction", "ratio_mean", "approx_kl")
+POLICY_STATS = ("loss", "abs_log_ratio", "clip_fraction", "ratio_mean", "approx_kl", "weight_mean", "capped_fraction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,9 @@ class UpdateSettings:
     """The policy's."""
     kl_stop: float | None = None
     """The policy's: nats per response from the step's start, past which its remaining minibatches are left out."""
-    old_from_rollout: bool = False
-    """The old log-probs are the engine's: the first minibatch then shows the gap, not ratio 1."""
-    importance_cap: float | None = None
-    """Largest ratio to the engine's log-probs, with `old_from_rollout`."""
+    ratio_cap: float | None = None
+    """The policy's, where the old log-probs are the engine's: the largest ratio to them. The first minibatch then shows
+    the gap, not ratio 1."""
     first_ratio: GapLimits = field(default_factory=GapLimits)
     """The policy's: |log ratio| that the first minibatch of a step may show."""
     ptx_coef: float = 0.0
@@ -85,8 +84,8 @@ def update_policy(
 
     Raises:
         TrainingError: when the first minibatch, before any update, does not see ratio 1: the passes that made the
-            old and the new log-probs then differ in something they should not. With `old_from_rollout`, when engine
-            and trainer differ by more than `first_ratio`.
+            old and the new log-probs then differ in something they should not. With a `ratio_cap`, when engine and
+            trainer differ by more than `first_ratio`.
     """
 
     def loss(module: Module, batch: ExperienceBatch | LanguageBatch, totals: _Totals, stats: _Stats) -> Tensor:
@@ -117,9 +116,11 @@ def _policy_metrics(update: _Update, settings: UpdateSettings, text: TextShare |
         "policy/first_log_ratio_max": largest,
         "policy/minibatches": float(len(update.history)),
     }
-    if settings.old_from_rollout:
+    if settings.ratio_cap is not None:
         metrics["rollout/logprob_gap"] = mean
         metrics["rollout/logprob_gap_max"] = largest
+        metrics["rollout/importance_weight"] = means["weight_mean"]
+        metrics["rollout/importance_capped_fraction"] = means["capped_fraction"]
     if text is not None:
         metrics["ptx/loss"] = means["ptx_loss"]
     if "rest_norm" in first:
@@ -133,10 +134,11 @@ def _policy_loss(
     rollouts = batch.batch
     logprobs = module(**rollouts.layout.inputs, positions=rollouts.positions, temperature=settings.temperature)
     log_ratio = logprobs.detach() - batch.old_logprobs
-    weights = batch.weights
-    if settings.old_from_rollout and settings.importance_cap is not None:
+    weights, weighed = batch.weights, dict[str, Tensor]()
+    if settings.ratio_cap is not None:
         # The ratio is itself the importance weight; this factor makes it min(ratio, cap).
-        weights = (math.log(settings.importance_cap) - log_ratio).clamp(max=0.0).exp()
+        weights = (math.log(settings.ratio_cap) - log_ratio).clamp(max=0.0).exp()
+        _, weighed = truncated_importance_weights(logprobs, batch.old_logprobs, batch.mask, settings.ratio_cap, tokens)
     value, parts = ppo_policy_loss(
         logprobs,
         batch.old_logprobs,
@@ -147,10 +149,9 @@ def _policy_loss(
         weights,
         denominator=tokens,
     )
+    ratio = float(parts.pop("max_abs_log_ratio"))
     mean = log_ratio.abs()[batch.mask].sum() / max(tokens, 1.0)
-    stats.add({"loss": value, "abs_log_ratio": mean})
-    stats.add({name: parts[name] for name in ("clip_fraction", "ratio_mean", "approx_kl")})
-    ratio = float(parts["max_abs_log_ratio"])
+    stats.add({"loss": value, "abs_log_ratio": mean, **parts, **weighed})
     stats.maximum = max(stats.maximum, math.inf if math.isnan(ratio) else ratio)  # max() would drop a NaN
     return value
 
@@ -216,7 +217,7 @@ class _Update:
     learning_rate: float
     loss: Callable[[Module, Any, _Totals, _Stats], Tensor]
     names: Sequence[str]
-    """what `loss` adds to the stats; the same on every rank"""
+    """what `loss` may add to the stats; the same on every rank"""
     history: list[dict[str, float]] = field(default_factory=list)
 
     def minibatch(self, rows: Sequence[int], text: TextShare | None, number: int) -> dict[str, float]:
@@ -264,7 +265,7 @@ class _Update:
 
 def _check_first_ratio(reduced: dict[str, float], settings: UpdateSettings) -> None:
     largest, mean = reduced["max_abs_log_ratio"], reduced["abs_log_ratio"]
-    if settings.old_from_rollout:
+    if settings.ratio_cap is not None:
         check_gap(largest, mean, settings.first_ratio)
     elif not settings.first_ratio.hold(largest, mean):
         limits = settings.first_ratio

@@ -371,8 +371,7 @@ def _update(config: Config, clip: float, cutting: Cutting) -> UpdateSettings:
         temperature=config.rollout.temperature,
         dual_clip=ppo.dual_clip,
         kl_stop=ppo.kl.stop,
-        old_from_rollout=ppo.old_logprobs == "rollout",
-        importance_cap=ppo.importance_cap,
+        ratio_cap=ppo.importance_cap if ppo.old_logprobs == "rollout" else None,
         first_ratio=first_ratio(config),
         ptx_coef=ppo.ptx.coef,
     )

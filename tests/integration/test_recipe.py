@@ -131,6 +131,8 @@ def test_group_estimators_start_no_value_model_and_the_engines_logprobs_save_a_p
         assert not [name for name in step if name.startswith("value/")]
         assert "memory/value_gib" not in step
         assert step["rollout/logprob_gap_max"] < 1e-4, "measured on the first minibatch"
+        assert step["rollout/importance_weight"] == pytest.approx(1.0, abs=0.1)
+        assert 0 <= step["rollout/importance_capped_fraction"] < 0.1
         assert step["reward/shaped_mean"] <= step["reward/mean"] + 1e-6
     assert not (folder / "logs" / "value-0.log").exists()
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

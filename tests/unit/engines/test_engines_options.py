@@ -228,7 +228,7 @@ def one(old: list[float], advantages: list[float]) -> Experience:
 
 def test_a_ratio_to_the_engine_ends_at_the_cap_and_the_gap_is_reported():
     e = one([-2.0, -1.0], [-1.0, -1.0])
-    given = UpdateSettings(0.2, Cutting(99), old_from_rollout=True, importance_cap=2.0)
+    given = UpdateSettings(0.2, Cutting(99), ratio_cap=2.0)
     module = Told([-2.0 + math.log(3), -1.0])
     metrics = update_policy(PlainEngine(module), [e], [[0]], e, given, 0.1)
     # -A min(ratio, 2): (2 + 1) / 2, and so is its derivative
@@ -236,6 +236,22 @@ def test_a_ratio_to_the_engine_ends_at_the_cap_and_the_gap_is_reported():
     assert float(module.shift.grad) == pytest.approx(1.5, rel=1e-6)
     assert metrics["rollout/logprob_gap"] == pytest.approx(math.log(3) / 2, rel=1e-6)
     assert metrics["rollout/logprob_gap_max"] == pytest.approx(math.log(3), rel=1e-6)
+
+
+def test_weights_that_are_the_ratio_are_reported_over_all_minibatches_as_those_of_the_loss_are():
+    seen, capped = one([-2.0, -1.0], [-1.0, -1.0]), one([-2.0 - math.log(4), -1.0], [-1.0, -1.0])
+    masked = Experience(**{**fields(seen), "trained": False})
+    given = UpdateSettings(0.2, Cutting(99), ratio_cap=2.0)
+    metrics = update_policy(PlainEngine(Told([-2.0, -1.0])), [seen, capped, masked], [[0], [1], [2]], seen, given, 0.1)
+    # 1 and 1; 4, which ends at 2, and 1; the third minibatch has no token to weigh
+    assert metrics["rollout/importance_weight"] == pytest.approx((1 + 1.5) / 2)
+    assert metrics["rollout/importance_capped_fraction"] == pytest.approx((0 + 0.5) / 2)
+
+
+def test_an_update_from_recomputed_logprobs_reports_no_weights_for_the_estimate_has():
+    e = one([-2.0, -1.0], [1.0, 1.0])
+    metrics = update_policy(PlainEngine(Told([-2.0, -1.0])), [e], [[0]], e, UpdateSettings(0.2, Cutting(99)), 0.1)
+    assert not [name for name in metrics if name.startswith("rollout/")]
 
 
 @pytest.mark.parametrize("limits", [GapLimits(largest=0.2), GapLimits(mean=0.1)])
@@ -250,7 +266,7 @@ def test_an_engine_that_is_not_the_trainer_stops_the_run(limits):
 
 def test_the_first_minibatch_shows_the_gap_when_the_engines_logprobs_are_the_old_ones():
     e = one([-2.0, -1.0], [1.0, 1.0])
-    given = UpdateSettings(0.2, Cutting(99), old_from_rollout=True, first_ratio=GapLimits(largest=0.3))
+    given = UpdateSettings(0.2, Cutting(99), ratio_cap=2.0, first_ratio=GapLimits(largest=0.3))
     with pytest.raises(TrainingError, match="engine and trainer differ"):
         update_policy(PlainEngine(Told([-1.5, -1.0])), [e], [[0]], e, given, 0.1)
 
@@ -258,7 +274,7 @@ def test_the_first_minibatch_shows_the_gap_when_the_engines_logprobs_are_the_old
 def test_a_first_minibatch_of_masked_responses_reports_no_gap_rather_than_one_of_0():
     seen = one([-1.0, -1.0], [1.0, 2.0])
     masked = Experience(**{**fields(seen), "trained": False})
-    given = UpdateSettings(0.2, Cutting(99), old_from_rollout=True, first_ratio=GapLimits(largest=0.3))
+    given = UpdateSettings(0.2, Cutting(99), ratio_cap=2.0, first_ratio=GapLimits(largest=0.3))
     metrics = update_policy(PlainEngine(Told([-1.5, -1.0])), [masked, seen], [[0], [1]], seen, given, 0.1)
     for name in ("rollout/logprob_gap", "rollout/logprob_gap_max", "policy/first_log_ratio_max"):
         assert math.isnan(metrics[name])
