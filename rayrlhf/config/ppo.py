@@ -134,7 +134,8 @@ class PPOConfig(Section):
     """Decay per optimizer step of an average of the policy's weights, saved beside it (the paper's 0.992; it does not
     say per what). Never sampled from."""
     zero_stage: ZeroStage = 1
-    """Of the policy's and the value model's learners. One rank has nothing to shard: in float32 it uses 0 instead."""
+    """Of the policy's and the value model's learners. One rank has nothing to shard: in float32 it uses 0 instead. In
+    bfloat16 gradients add up in float32, which takes at least 2."""
     frozen_zero_stage: ZeroStage = 0
     """Reference and reward: whole on each rank (0) or sharded over the role's ranks (3)."""
 

@@ -41,7 +41,8 @@ class SupervisedConfig(Section):
     adam: Adam = Adam()
     zero_stage: ZeroStage = 0
     """Shard optimizer (1), gradients (2) or weights (3) over the ranks when memory asks for it; 0 is the fastest. One
-    rank has nothing to shard: in float32 it uses 0 whatever is asked for."""
+    rank has nothing to shard: in float32 it uses 0 whatever is asked for. In bfloat16 gradients add up in float32,
+    which takes at least 2."""
     micro_batch_tokens: PositiveInt = 4096
     """Tokens, padding included, per forward/backward on a rank."""
     log_every: PositiveInt = 10

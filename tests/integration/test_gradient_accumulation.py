@@ -1,4 +1,4 @@
-"""A step of many micro-batches in bfloat16: what each adds may be less than half of bfloat16's step, and still counts."""
+"""A step of many micro-batches in bfloat16: what each adds may be below bfloat16's resolution, and still counts."""
 
 from __future__ import annotations
 
