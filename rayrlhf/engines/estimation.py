@@ -31,6 +31,9 @@ from rayrlhf.types import Experience, Rollout, Scores
 
 __all__ = ["EstimateSettings", "GapLimits", "check_gap", "estimate"]
 
+# Nats by which rounding may lift the log-prob of a token that is certain.
+ROUNDED_UP = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class GapLimits:
@@ -99,11 +102,11 @@ def estimate(
         Experiences in the order of `rollouts`, and metrics averaged over all ranks.
 
     Raises:
-        TrainingError: on every rank, when any score or log-prob is not finite (such a sample must not train), or
-            when engine and trainer differ by more than `settings.gap`.
+        TrainingError: on every rank, when any score or log-prob is not finite or an engine's log-prob is above 0 (such
+            a sample must not train), or when engine and trainer differ by more than `settings.gap`.
     """
     batch = _collate(rollouts, scores, settings, device)
-    _check_finite(batch)
+    _check_numbers(batch)
     kl_BR = kl_estimate(batch.logprobs_BR, batch.reference_BR, settings.kl_kind)
     shaped_B = _shape_scores(batch, settings)
     rewards_BR = token_rewards(shaped_B, kl_BR, batch.trained_BR, kl_coef)
@@ -172,11 +175,9 @@ def _shape_scores(batch: _Batch, settings: EstimateSettings) -> Tensor:
 
 def _advantages(batch: _Batch, rewards_BR: Tensor, settings: EstimateSettings) -> tuple[Tensor, Tensor | None]:
     """(advantages, returns), [B, R] each; no returns where the estimator compares whole responses."""
-    estimator, mask_BR = ESTIMATORS[settings.advantage], batch.trained_BR
-    if estimator.of_tokens is not None and batch.values_BR is not None:
-        advantages_BR, returns_BR = estimator.of_tokens(
-            rewards_BR, batch.values_BR, mask_BR, settings.gamma, settings.lam
-        )
+    estimator, mask_BR, values_BR = ESTIMATORS[settings.advantage], batch.trained_BR, batch.values_BR
+    if estimator.of_tokens is not None and values_BR is not None:
+        advantages_BR, returns_BR = estimator.of_tokens(rewards_BR, values_BR, mask_BR, settings.gamma, settings.lam)
         return _whiten(advantages_BR, mask_BR), returns_BR
     assert estimator.of_responses is not None
     advantages_BR = torch.zeros_like(rewards_BR)
@@ -209,20 +210,23 @@ def _importance_weights(batch: _Batch, settings: EstimateSettings) -> tuple[Tens
     return weights_BR, reduce_means(means, weights_BR.device)
 
 
-def _check_finite(batch: _Batch) -> None:
-    bad = ""
+def _check_numbers(batch: _Batch) -> None:
+    """Raise TrainingError on every rank when any is impossible. The engine's log-probs are looked at for themselves:
+    where an older policy sampled, no gap would show a wrong one."""
     given = {
         "reward": batch.scores_B,
         "log-prob": batch.logprobs_BR,
+        "engine's log-prob": batch.engine_BR,
         "reference log-prob": batch.reference_BR,
         "value": batch.values_BR,
     }
-    for name, tensor in given.items():
-        for i, rollout in enumerate(batch.rollouts):
-            if tensor is not None and not bool(torch.isfinite(tensor[i]).all()):
-                bad = f"the {name} of sample {rollout.info.sample_id} is not finite"
+    wrong = {f"the {name} of sample {{}} is not finite": ~x.isfinite() for name, x in given.items() if x is not None}
+    wrong["the engine's log-prob of sample {} is above 0"] = batch.engine_BR > ROUNDED_UP
+    ids = [rollout.info.sample_id for rollout in batch.rollouts]
+    bad = [what.format(sample) for what, at in wrong.items() for i, sample in enumerate(ids) if bool(at[i].any())]
     if all_reduce_max(1.0 if bad else 0.0, batch.scores_B.device):  # all stop, or the others would wait for this one
-        raise TrainingError(bad or "a number on another rank is not finite", "see the logs of the role it comes from")
+        here = bad[0] if bad else "a number on another rank is not finite, or no log-prob"
+        raise TrainingError(here, "see the logs of the role it comes from")
 
 
 def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor) -> dict[str, float]:
@@ -249,17 +253,20 @@ def _metrics(batch: _Batch, kl_BR: Tensor, shaped_B: Tensor) -> dict[str, float]
 def _gap(batch: _Batch, version: int, limits: GapLimits) -> dict[str, float]:
     """Between engine and trainer, over the tokens that this version sampled; NaN, and unchecked, where there are none.
 
-    What an older version sampled differs by what was learned since: the importance weights show that.
+    What an older version sampled differs by what was learned since too, and nothing tells the two apart: that gap is
+    reported under a name of its own, where there is one, and not checked.
     """
     rows = [r.versions == version for r in batch.rollouts]
-    fresh_BR = torch.from_numpy(pad_rows(rows, False, np.bool_)).to(batch.mask_BR.device) & batch.mask_BR
-    gap = (batch.logprobs_BR - batch.engine_BR)[fresh_BR].double().abs()
-    mean = reduce_means({"gap": (float(gap.sum()), float(len(gap)))}, gap.device)["gap"]
-    largest = all_reduce_max(float(gap.max()) if len(gap) else -1.0, gap.device)
-    if largest < 0:
-        return {"rollout/logprob_gap": math.nan, "rollout/logprob_gap_max": math.nan}
-    check_gap(largest, mean, limits)
-    return {"rollout/logprob_gap": mean, "rollout/logprob_gap_max": largest}
+    fresh_BR = torch.from_numpy(pad_rows(rows, False, np.bool_)).to(batch.mask_BR.device)
+    metrics = {"rollout/logprob_gap": math.nan, "rollout/logprob_gap_max": math.nan}
+    for name, sampled_BR, allowed in (("", fresh_BR, limits), ("stale_", ~fresh_BR, GapLimits())):
+        gap = (batch.logprobs_BR - batch.engine_BR)[sampled_BR & batch.mask_BR].double().abs()
+        mean = reduce_means({"gap": (float(gap.sum()), float(len(gap)))}, gap.device)["gap"]
+        largest = all_reduce_max(float(gap.max()) if len(gap) else -1.0, gap.device)
+        if largest >= 0:
+            check_gap(largest, mean, allowed)
+            metrics |= {f"rollout/{name}logprob_gap": mean, f"rollout/{name}logprob_gap_max": largest}
+    return metrics
 
 
 def check_gap(largest: float, mean: float, limits: GapLimits) -> None:

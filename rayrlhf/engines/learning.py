@@ -264,11 +264,10 @@ class _Update:
 
 
 def _check_first_ratio(reduced: dict[str, float], settings: UpdateSettings) -> None:
-    largest, mean = reduced["max_abs_log_ratio"], reduced["abs_log_ratio"]
+    largest, mean, limits = reduced["max_abs_log_ratio"], reduced["abs_log_ratio"], settings.first_ratio
     if settings.ratio_cap is not None:
-        check_gap(largest, mean, settings.first_ratio)
-    elif not settings.first_ratio.hold(largest, mean):
-        limits = settings.first_ratio
+        check_gap(largest, mean, limits)
+    elif not limits.hold(largest, mean):
         raise TrainingError(
             f"the first minibatch saw log ratios up to {largest:.3g} (mean {mean:.3g}) where they must be 0 (allowed "
             f"{limits.largest:.3g}, mean {limits.mean:.3g})",

@@ -36,7 +36,11 @@ PANELS: dict[str, tuple[Panel, ...]] = {
         Panel("Gradient norms", "none", ("policy/grad_norm", "value/grad_norm", "ptx/grad_norm", "grad_norm")),
         Panel("Entropy, nats a token", "none", ("policy/entropy",)),
         Panel("Clipped tokens", "percentunit", ("policy/clip_fraction", "value/clip_fraction")),
-        Panel("Log-prob gap, trainer to engine", "none", ("rollout/logprob_gap", "rollout/logprob_gap_max")),
+        Panel(
+            "Log-prob gap, trainer to engine",
+            "none",
+            ("rollout/logprob_gap", "rollout/logprob_gap_max", "rollout/stale_logprob_gap"),
+        ),
         Panel("Engines left out; versions behind", "none", ("weights/quarantined", "rollout/staleness_max")),
     ),
     "Is it fast?": (

@@ -146,9 +146,11 @@ def test_overlapping_steps_learn_from_samples_one_version_old_with_importance_we
     assert [step["rollout/staleness_mean"] for step in (first, second, third)] == [0, 1, 1]
     assert first["rollout/logprob_gap_max"] < 1e-4
     assert first["rollout/importance_weight"] == pytest.approx(1.0, abs=1e-4)
-    # What the engine sampled with the version before is not the trainer's: nothing to compare, something to weigh.
+    assert "rollout/stale_logprob_gap" not in first
+    # What the engine sampled with the version before is not the trainer's: no gap to limit, something to weigh.
     for step in (second, third):
         assert step["rollout/logprob_gap"] is None
+        assert 0 < step["rollout/stale_logprob_gap"] <= step["rollout/stale_logprob_gap_max"] < 1
         assert 0.9 < step["rollout/importance_weight"] < 1.1
         assert step["rollout/importance_weight"] != pytest.approx(1.0, abs=1e-6)
     assert [step["weights/version"] for step in (first, second, third)] == [1, 2, 3]

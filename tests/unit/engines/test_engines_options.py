@@ -264,6 +264,67 @@ def test_an_engine_that_is_not_the_trainer_stops_the_run(limits):
     estimate(batch, scores, settings(gap=GapLimits(0.6, 0.2)), 0.0, CPU)
 
 
+@pytest.mark.parametrize("version", [0, 1], ids=["fresh", "stale"])
+@pytest.mark.parametrize("given", [{}, {"old_from_rollout": True}], ids=["recompute", "rollout"])
+@pytest.mark.parametrize(
+    ("bad", "what"), [(-math.inf, "is not finite"), (math.nan, "is not finite"), (3.0, "is above 0")]
+)
+def test_what_is_no_log_prob_of_the_engine_stops_the_run_however_old(version, given, bad, what):
+    batch, scores = four()
+    batch[3].logprobs[1] = bad
+    with pytest.raises(TrainingError, match=f"log-prob of sample 3 {what}"):
+        estimate(batch, scores, settings(importance_cap=2.0, **given), 0.0, CPU, version)
+
+
+def test_a_log_prob_of_the_engine_that_rounding_left_above_0_is_one():
+    batch, scores = four()
+    batch[3].logprobs[1] = 1e-5
+    estimate(batch, scores, settings(), 0.0, CPU)
+
+
+def test_the_gap_of_what_older_versions_sampled_is_reported_apart_and_stops_nothing():
+    batch, scores = four()
+    batch[3].versions[:] = 6
+    batch[1].versions[:] = 7
+    scores.logprobs[0][1] -= 4.0
+    scores.logprobs[1][0] -= 0.25
+    _, metrics = estimate(batch, scores, settings(gap=GapLimits(0.3, 0.3)), 0.0, CPU, version=7)
+    assert (metrics["rollout/logprob_gap"], metrics["rollout/logprob_gap_max"]) == (0.25, 0.25)
+    assert metrics["rollout/stale_logprob_gap"] == 4.0 / 5
+    assert metrics["rollout/stale_logprob_gap_max"] == 4.0
+    _, older = estimate(batch, scores, settings(gap=GapLimits(0.3, 0.3)), 0.0, CPU, version=8)
+    assert math.isnan(older["rollout/logprob_gap"])
+    assert math.isnan(older["rollout/logprob_gap_max"])
+    assert older["rollout/stale_logprob_gap"] == pytest.approx(4.25 / 6)
+    with pytest.raises(TrainingError, match=r"differ by 0\.25"):
+        estimate(batch, scores, settings(gap=GapLimits(0.2)), 0.0, CPU, version=7)
+
+
+def test_ranks_that_hold_old_and_new_responses_report_both_gaps_and_stop_together(monkeypatch):
+    batch, scores = four()
+    batch[0].versions[:] = batch[1].versions[:] = 5
+    scores.logprobs[1][0] -= 0.25
+    scores.logprobs[3][1] -= 4.0
+    given = settings(gap=GapLimits(0.3))
+    _, whole = estimate(batch, scores, given, 0.0, CPU, version=5)
+    shares = [batch[:2], batch[2:]]
+    for _, metrics in Ranks(2, monkeypatch).run(
+        lambda rank: estimate(shares[rank], scores, given, 0.0, CPU, version=5)
+    ):
+        assert metrics == pytest.approx(whole)
+        assert (metrics["rollout/logprob_gap_max"], metrics["rollout/stale_logprob_gap_max"]) == (0.25, 4.0)
+    batch[2].logprobs[0] = 1.0
+
+    def stops(rank: int) -> str:
+        with pytest.raises(TrainingError) as stopped:
+            estimate(shares[rank], scores, given, 0.0, CPU, version=5)
+        return str(stopped.value)
+
+    other, own = Ranks(2, monkeypatch).run(stops)
+    assert "on another rank" in other
+    assert "the engine's log-prob of sample 2 is above 0" in own
+
+
 def test_the_first_minibatch_shows_the_gap_when_the_engines_logprobs_are_the_old_ones():
     e = one([-2.0, -1.0], [1.0, 1.0])
     given = UpdateSettings(0.2, Cutting(99), ratio_cap=2.0, first_ratio=GapLimits(largest=0.3))
