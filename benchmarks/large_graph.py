@@ -34,6 +34,7 @@ from ray.util.placement_group import placement_group_table
 from rich.console import Console
 
 from rayrlhf.actors.base import Actor
+from rayrlhf.actors.cluster import resources_of_nodes
 from rayrlhf.actors.group import ActorGroup
 from rayrlhf.actors.placement import RolePlacement, check_resources, largest_first, plan_ppo
 from rayrlhf.actors.roles import LearnerRoles, ScorerRoles, StepPlan
@@ -131,7 +132,7 @@ def main(
     cluster = _cluster(nodes)
     try:
         facts: dict[str, Any] = {"nodes": nodes, "cluster_s": time.perf_counter() - start}
-        check_resources(config, ray.cluster_resources())
+        check_resources(config, resources_of_nodes())
         if nodes * GPUS >= sum(row["ranks"] * row["gpus"] for row in full):
             facts["reserved"] = asyncio.run(_reserve(whole))
         facts["create_ms"] = asyncio.run(_create())

@@ -20,7 +20,16 @@ from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
-__all__ = ["JOB_VARIABLE", "NodeResources", "connect", "disconnect", "end_own_ray", "join", "nodes_of"]
+__all__ = [
+    "JOB_VARIABLE",
+    "NodeResources",
+    "connect",
+    "disconnect",
+    "end_own_ray",
+    "join",
+    "nodes_of",
+    "resources_of_nodes",
+]
 
 # Ctrl-C promises an end within ten seconds; most of it is Ray's own shutdown.
 GRACE_S = 3.0
@@ -47,7 +56,7 @@ def connect(config: Config) -> None:
         address = os.environ["RAY_ADDRESS"]  # of the cluster that runs this job
     join(address, f"rayrlhf-{config.run.name}", math.ceil(promised_cpus(config)))
     try:
-        check_resources(config, ray.cluster_resources())
+        check_resources(config, resources_of_nodes())
     except BaseException:
         ray.shutdown()
         raise
@@ -69,6 +78,11 @@ def join(address: str | None, namespace: str, cpus: int = 0) -> None:
             f"cluster.address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
             "start one with `ray start --head`, or leave cluster.address out to start Ray here",
         ) from None
+
+
+def resources_of_nodes() -> list[dict[str, float]]:
+    """CPU, GPU and custom ones of each node that is there."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 @dataclass(frozen=True, slots=True)

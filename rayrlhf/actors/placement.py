@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -160,10 +161,14 @@ def promised_cpus(config: Config) -> float:
     return training.ranks * training.cpus + max(sum(p.ranks * p.cpus for p in group) for group in plans(config))
 
 
-def check_resources(config: Config, available: Mapping[str, float]) -> None:
-    """Raise ResourceError when the cluster lacks what the config asks for."""
+def check_resources(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ResourceError when the cluster lacks what the config asks for, or no node has the room for a rank of it.
+
+    Args:
+        nodes: what each of them has.
+    """
     for kind, asked in required(config).items():
-        found = available.get(kind, 0.0)
+        found = sum(node.get(kind, 0.0) for node in nodes)
         if asked > found + 1e-6:
             known = kind in ("CPU", "GPU")
             named, key = (f"{kind}s", f"{kind.lower()}s") if known else (f"of {kind!r}", f"resources.{kind}")
@@ -173,3 +178,30 @@ def check_resources(config: Config, available: Mapping[str, float]) -> None:
                 f"the config asks for {asked:g} {named}, the cluster has {found:g} ({shares})",
                 "set cluster.device=cpu" if kind == "GPU" and not found else f"lower cluster.<role>.{key}",
             )
+    for placement in itertools.chain(*plans(config)):
+        _check_nodes(placement, nodes)
+
+
+def _check_nodes(placement: RolePlacement, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Where everything were empty: what nobody else takes part in keeps a rank from any node, or its group together."""
+    role, ranks, bundle = placement.role, placement.ranks, placement.bundles()[0]
+    room = [min(int(node.get(kind, 0.0) / asked + 1e-6) for kind, asked in bundle.items()) for node in nodes]
+    wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+    if not max(room):
+        key = "rollout.tensor_parallel" if role == "rollout" and placement.gpus > 1 else f"cluster.{role}.*"
+        raise ResourceError(f"no node has room for one rank of {role} ({wanted})", f"lower {key}")
+    if sum(room) < ranks:
+        raise ResourceError(
+            f"the nodes have room for {sum(room)} of the {ranks} ranks of {role} ({wanted} each)",
+            f"lower cluster.{role}.*, or take another number of shards or ranks, so that nodes are filled",
+        )
+    if placement.strategy == "strict_pack" and max(room) < ranks:
+        raise ResourceError(
+            f"no node has room for the {ranks} ranks of {role} ({wanted} each), the roomiest for {max(room)}",
+            f"lower cluster.{role}.ranks, or set cluster.{role}.strategy=pack",
+        )
+    if placement.strategy == "strict_spread" and (found := sum(map(bool, room))) < ranks:
+        raise ResourceError(
+            f"{role} wants {ranks} nodes with room for a rank ({wanted}), the cluster has {found}",
+            f"lower cluster.{role}.ranks, or set cluster.{role}.strategy=spread",
+        )

@@ -87,9 +87,9 @@ def seats(eight_gpus: dict[str, float]) -> Seats:
 
 
 def test_the_cluster_has_what_the_config_asks_for(eight_gpus: dict[str, float]) -> None:
-    check_resources(config(), eight_gpus)  # 2 + 1 + 0.5 + 0.5 + 2 x 2 of 8
+    check_resources(config(), [eight_gpus])  # 2 + 1 + 0.5 + 0.5 + 2 x 2 of 8
     with pytest.raises(ResourceError, match="asks for 9 GPUs, the cluster has 8"):
-        check_resources(config(policy={"ranks": 3, "cpus": 0.1}), eight_gpus)
+        check_resources(config(policy={"ranks": 3, "cpus": 0.1}), [eight_gpus])
 
 
 def test_every_rank_has_gpus_of_its_own_and_an_engine_one_a_shard(seats: Seats) -> None:
@@ -119,7 +119,7 @@ def test_workers_of_the_supervised_stages_are_a_gpu_each(eight_gpus: dict[str, f
 def test_roles_that_share_devices_sit_on_the_same_ones_rank_by_rank(eight_gpus: dict[str, float]) -> None:
     ranks = {role: {"ranks": 3, "cpus": 0.1} for role in ("policy", "value")}
     shared = config(**ranks, shared=[["policy", "value", "rollout"]], tensor_parallel=1, engines=3)
-    check_resources(shared, eight_gpus)
+    check_resources(shared, [eight_gpus])
 
     async def sit() -> Seats:
         placements = [p for p in plan_ppo(shared) if p.role in ("policy", "value", "rollout")]

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import ray
 
-from rayrlhf.actors.cluster import disconnect, join
+from rayrlhf.actors.cluster import disconnect, join, resources_of_nodes
 from rayrlhf.actors.placement import check_resources, promised_cpus
 from rayrlhf.config import Config
 from rayrlhf.config.secrets import masked
@@ -123,7 +123,7 @@ class Examination:
         if self._config is None:
             return skipped("resources", NO_CONFIG)
         try:
-            check_resources(self._config, ray.cluster_resources())
+            check_resources(self._config, resources_of_nodes())
         except ResourceError as error:
             return Finding("resources", "fail", error.message, error.hint)
         return Finding("resources", "pass", "the cluster has what the config's roles ask for")

@@ -43,7 +43,7 @@ def test_no_address_means_the_jobs_cluster_in_a_job_and_a_ray_of_its_own_elsewhe
     """RAY_ADDRESS alone may name the dashboard of a cluster that jobs are sent to."""
     asked: dict[str, Any] = {}
     monkeypatch.setattr(cluster.ray, "init", lambda **settings: asked.update(settings))
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 64.0})
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 64.0}}])
     monkeypatch.setattr(cluster, "_knock", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.delenv(cluster.JOB_VARIABLE, raising=False)

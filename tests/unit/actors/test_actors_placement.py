@@ -71,12 +71,12 @@ def test_the_environment_sets_the_threads():
 
 @pytest.mark.parametrize("available", [{"CPU": 2.0}, {"CPU": 2.0 - 1e-9}, {"CPU": 64.0, "GPU": 8.0}])
 def test_a_cluster_with_room_passes(available):
-    check_resources(config(), available)
+    check_resources(config(), [available])
 
 
 def test_a_cluster_without_room_is_refused_with_the_shares():
     with pytest.raises(ResourceError, match=r"asks for 2 CPUs, the cluster has 1 ") as error:
-        check_resources(config(), {"CPU": 1.0})
+        check_resources(config(), [{"CPU": 1.0}])
     assert error.value.message.endswith(
         "(policy 1 x 0.4, reference 1 x 0.4, reward 1 x 0.4, value 1 x 0.4, rollout 1 x 0.4)"
     )
@@ -85,7 +85,7 @@ def test_a_cluster_without_room_is_refused_with_the_shares():
 
 def test_a_cluster_without_gpus_is_refused_with_the_way_out():
     with pytest.raises(ResourceError, match=r"asks for 13 GPUs, the cluster has 0 ") as error:
-        check_resources(config(**GPUS), {"CPU": 64.0})
+        check_resources(config(**GPUS), [{"CPU": 64.0}])
     assert "policy 4 x 1" in error.value.message
     assert "rollout 3 x 2" in error.value.message
     assert error.value.hint == "set cluster.device=cpu"
@@ -93,20 +93,20 @@ def test_a_cluster_without_gpus_is_refused_with_the_way_out():
 
 def test_a_cluster_with_too_few_gpus_says_what_to_lower():
     with pytest.raises(ResourceError, match=r"asks for 13 GPUs, the cluster has 8 ") as error:
-        check_resources(config(**GPUS), {"CPU": 64.0, "GPU": 8.0})
+        check_resources(config(**GPUS), [{"CPU": 64.0, "GPU": 8.0}])
     assert error.value.hint == "lower cluster.<role>.gpus"
 
 
 def test_the_refusal_names_the_stage_that_is_too_large():
     with pytest.raises(ResourceError, match="asks for 16 CPUs, the cluster has 8") as error:
-        check_resources(config(train={"ranks": 16, "cpus": 1}), {"CPU": 8.0})
+        check_resources(config(train={"ranks": 16, "cpus": 1}), [{"CPU": 8.0}])
     assert error.value.message.endswith("(train 16 x 1)")
 
 
 def test_a_run_of_ppo_alone_needs_no_room_for_training():
     given = config(train={"ranks": 16, "cpus": 1}).model_dump()
     given["run"]["stages"] = ("ppo",)
-    check_resources(Config.model_validate(given), {"CPU": 2.0})
+    check_resources(Config.model_validate(given), [{"CPU": 2.0}])
 
 
 def test_a_run_without_any_stage_left_is_refused():
@@ -148,3 +148,46 @@ def test_a_role_that_is_alone_of_its_set_in_a_stage_has_the_whole_device() -> No
         **dict.fromkeys(("reward", "value", "rollout"), 0.333),
     }
     assert {p.role: p.gpus for p in plan_ppo(config, ("policy", "rollout"))} == {"policy": 1.0, "rollout": 1.0}
+
+
+def on_nodes(gpus: int, nodes: int) -> list[dict[str, float]]:
+    return [{"CPU": 16.0, "GPU": float(gpus)}] * nodes
+
+
+EIGHT_SHARDS = {"device": "cuda", "engines": {"engines": 1, "tensor_parallel": 8}}
+FOUR_RANKS = {"device": "cuda", "policy": {"ranks": 4, "strategy": "strict_pack"}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "message", "hint"),
+    [
+        (
+            EIGHT_SHARDS,
+            on_nodes(2, 8),
+            r"no node has room for one rank of rollout \(3.2 CPU, 8 GPU\)",
+            "tensor_parallel",
+        ),
+        (FOUR_RANKS, on_nodes(2, 8), r"no node has room for the 4 ranks of policy .*, the roomiest for 2", "=pack"),
+        (
+            {"device": "cuda", "policy": {"ranks": 4, "strategy": "strict_spread"}},
+            on_nodes(8, 2),
+            "policy wants 4 nodes with room for a rank .*, the cluster has 2",
+            "=spread",
+        ),
+        (
+            {"device": "cuda", "engines": {"engines": 4, "tensor_parallel": 4}},
+            on_nodes(7, 3),
+            "the nodes have room for 3 of the 4 ranks of rollout",
+            "so that nodes are filled",
+        ),
+    ],
+)
+def test_what_no_node_can_hold_is_refused_however_much_the_cluster_has(asked, nodes, message, hint):
+    with pytest.raises(ResourceError, match=message) as error:
+        check_resources(config(**asked), nodes)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("asked", [EIGHT_SHARDS, FOUR_RANKS])
+def test_what_some_node_can_hold_passes(asked):
+    check_resources(config(**asked), on_nodes(8, 2))

@@ -777,7 +777,7 @@ def on_gpus(world: Path, *overrides: str) -> Config:
 
 def test_a_gpu_config_without_gpus_says_how_many_were_asked_for_and_found(world: Path) -> None:
     with pytest.raises(ResourceError) as caught:
-        check_resources(on_gpus(world, "rollout.engines=2"), {"CPU": 64.0})
+        check_resources(on_gpus(world, "rollout.engines=2"), [{"CPU": 64.0}])
     assert str(caught.value) == (
         "the config asks for 6 GPUs, the cluster has 0 "
         "(policy 1 x 1, reference 1 x 1, reward 1 x 1, value 1 x 1, rollout 2 x 1)\n"
@@ -787,19 +787,19 @@ def test_a_gpu_config_without_gpus_says_how_many_were_asked_for_and_found(world:
 
 def test_a_gpu_config_with_too_few_gpus_says_what_to_lower(world: Path) -> None:
     with pytest.raises(ResourceError) as caught:
-        check_resources(on_gpus(world, "cluster.policy.ranks=2"), {"CPU": 64.0, "GPU": 4.0})
+        check_resources(on_gpus(world, "cluster.policy.ranks=2"), [{"CPU": 64.0, "GPU": 4.0}])
     assert "asks for 6 GPUs, the cluster has 4 (policy 2 x 1, " in caught.value.message
     assert caught.value.hint == "lower cluster.<role>.gpus"
 
 
 def test_a_cluster_with_exactly_what_is_asked_for_is_enough(world: Path) -> None:
-    check_resources(on_gpus(world), {"CPU": 2.0, "GPU": 5.0})
+    check_resources(on_gpus(world), [{"CPU": 2.0, "GPU": 5.0}])
     with pytest.raises(ResourceError, match="asks for 2 CPUs, the cluster has 1"):
-        check_resources(on_gpus(world), {"CPU": 1.0, "GPU": 5.0})
+        check_resources(on_gpus(world), [{"CPU": 1.0, "GPU": 5.0}])
 
 
 def test_a_supervised_stage_alone_asks_for_no_more_than_its_workers(world: Path) -> None:
-    check_resources(on_gpus(world, "run.stages=[sft]"), {"CPU": 2.0, "GPU": 1.0})
+    check_resources(on_gpus(world, "run.stages=[sft]"), [{"CPU": 2.0, "GPU": 1.0}])
 
 
 # ---- stages asked for alone

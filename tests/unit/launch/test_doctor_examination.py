@@ -92,11 +92,11 @@ class Cluster:
         ray = SimpleNamespace(
             __version__="2.60.0",
             nodes=list,
-            cluster_resources=lambda: {"CPU": 8.0},
             get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "1"),
         )
         monkeypatch.setattr(examination, "ray", ray)
         monkeypatch.setattr(examination, "join", lambda *_: None)
+        monkeypatch.setattr(examination, "resources_of_nodes", lambda: [{"CPU": 4.0}] * 2)
         monkeypatch.setattr(examination, "disconnect", self._leave)
         monkeypatch.setattr(examination, "list_nodes", lambda *_: nodes)
         monkeypatch.setattr(examination, "ask", self._ask)
