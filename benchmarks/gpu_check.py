@@ -32,6 +32,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 600.0
+TESTS_LIMIT_S = 3600.0
 MARK = "gpu-check:"
 
 
@@ -231,10 +232,11 @@ def _no_device() -> str:
 
 def _in_a_process(name: str) -> Result:
     command = [sys.executable, __file__, "--one", name]
+    limit = TESTS_LIMIT_S if name == "tests" else LIMIT_S
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return Result(name, "fail", reason=f"not done after {LIMIT_S:g} s")
+        return Result(name, "fail", reason=f"not done after {limit:g} s")
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(MARK):
             return Result(**json.loads(line.removeprefix(MARK)))
