@@ -192,6 +192,6 @@ def absolute(path: str) -> str:
 
 def _file_hash(path_or_text: str | None) -> str | None:
     """Of what the file of a chat template or a world holds; Jinja text in the config is already part of it."""
-    if path_or_text is None or "{" in path_or_text or not Path(path_or_text).is_file():
+    if path_or_text is None or "{" in path_or_text or not (path := Path(path_or_text).expanduser()).is_file():
         return None
-    return hashlib.sha256(Path(path_or_text).read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()

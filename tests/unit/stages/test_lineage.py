@@ -235,12 +235,17 @@ def test_other_weights_of_the_model_that_judges_the_epochs_make_another_sft(fold
 # ---- what a key should hold and does not
 
 
-def test_altering_the_file_of_the_chat_template_changes_the_keys(folder: Path) -> None:
+@pytest.mark.parametrize("at_home", [False, True])
+def test_altering_the_file_of_the_chat_template_changes_the_keys(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, at_home: bool
+) -> None:
     template = folder / "chat.jinja"
+    monkeypatch.setenv("HOME", str(folder))
+    setting = f"model.chat_template={'~/chat.jinja' if at_home else template}"
     template.write_text("{{ messages[0].content }}", encoding="utf-8")
-    before = keys(folder, f"model.chat_template={template}")
+    before = keys(folder, setting)
     template.write_text("{{ messages[0].content }}!", encoding="utf-8")
-    assert {"sft", "reward", "dpo", "ppo"} <= changed(before, keys(folder, f"model.chat_template={template}"))
+    assert {"sft", "reward", "dpo", "ppo"} <= changed(before, keys(folder, setting))
 
 
 def test_the_limit_that_cuts_the_reward_models_demonstrations_changes_its_key(folder: Path) -> None:
