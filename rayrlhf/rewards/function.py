@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rayrlhf.config.modules import import_named
 from rayrlhf.config.rewards import RewardSourceConfig
 from rayrlhf.config.secrets import masked
 from rayrlhf.errors import ConfigError
@@ -149,7 +150,7 @@ def load_function(place: str) -> Callable[..., Any]:
             (prompts, responses).
     """
     where, _, name = place.rpartition(":")
-    module = _import(where)
+    module = import_named(where, KEY, "reward", "write path/to/file.py:name")
     function = getattr(module, name, None)
     if not callable(function):
         what = "no such name" if function is None else f"a {type(function).__name__}, no function"
@@ -176,24 +177,6 @@ def source_file(place: str) -> Path | None:
     except (ImportError, ValueError):
         return None
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
-
-
-def _import(where: str) -> Any:
-    path = Path(where)
-    if path.suffix == ".py" and not path.is_file():
-        raise ConfigError(f"{KEY}: there is no file {path}", "write path/to/file.py:name")
-    try:
-        if path.suffix != ".py":
-            return importlib.import_module(where)
-        spec = importlib.util.spec_from_file_location(f"rayrlhf_reward_{path.stem}", path.resolve())
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    except Exception as error:  # somebody's own code: anything may go wrong in it
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{KEY}: {where} cannot be imported: {reason}", "mend it, or name another") from error
-    return loaded
 
 
 def _asked_for(function: Callable[..., Any]) -> list[str]:

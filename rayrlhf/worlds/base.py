@@ -8,15 +8,13 @@ which no reward model can say of itself.
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, TypeVar
 
+from rayrlhf.config.modules import import_named
 from rayrlhf.errors import ConfigError
 
 __all__ = ["Choice", "Sizes", "World", "create_world", "register_world"]
@@ -109,7 +107,7 @@ def create_world(name: str, module: str | None = None) -> World:
     import rayrlhf.worlds.instructions  # noqa: F401 (registers itself)
 
     if module is not None:
-        _import(module)
+        import_named(module, "world.module", "world", "name a .py file, or an importable module")
     if name not in _WORLDS:
         where = f" in {module}" if module else "; a world of your own needs world.module"
         raise ConfigError(f"world.name: no world {name!r}", f"known are {', '.join(sorted(_WORLDS))}{where}")
@@ -127,21 +125,3 @@ def create_world(name: str, module: str | None = None) -> World:
         message = f"world.name: the weights of {name!r} ({found}) are not shares of 1, so gold is no score from 0 to 1"
         raise ConfigError(message, "divide each by their sum")
     return made
-
-
-def _import(module: str) -> None:
-    path = Path(module)
-    if path.suffix == ".py" and not path.is_file():
-        raise ConfigError(f"world.module: there is no file {path}", "name a .py file, or an importable module")
-    try:
-        if path.suffix != ".py":
-            importlib.import_module(module)
-            return
-        spec = importlib.util.spec_from_file_location(f"rayrlhf_world_{path.stem}", path.resolve())
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-    except Exception as error:  # somebody's own code: anything may go wrong in it
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"world.module: {module} cannot be imported: {reason}", "mend it, or name another") from error
