@@ -38,17 +38,13 @@ class Arrivals:
     def localise(self, ticket: Ticket) -> Ticket:
         """A ticket whose bytes are on this node: `ticket` itself where they are here already."""
         if "copy" not in ticket or ticket["node"] == ray.get_runtime_context().get_node_id():
-            return _here(ticket)
+            return {name: value for name, value in ticket.items() if name != "copy"}
         if self._segments is None:
             self._segments = create_sender(self._transport, self._run)
         header, came = BucketHeader.from_dict(ticket["header"]), ray.get(ticket["copy"][0])
         self._segments.reserve(header.nbytes)[: header.nbytes].numpy()[:] = came
-        return _here(ticket) | self._segments.send(header)
+        return self._segments.send(header)
 
     def close(self) -> None:
         if self._segments is not None:
             self._segments.close()
-
-
-def _here(ticket: Ticket) -> Ticket:
-    return {name: value for name, value in ticket.items() if name != "copy"}

@@ -8,7 +8,6 @@ finish_weight_update.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -40,7 +39,6 @@ class InitInfo(WeightTransferInitInfo):
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
     ticket: dict[str, Any]
-    """`last` in it: no bucket follows, and the sender leaves this one as it is until all is verified"""
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -54,14 +52,14 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver: Receiver = create_receiver(init_info.transport)
         self._held = {name for name, _ in self.model.named_parameters()}
         self._reload = create_reload(self.model, self.model_config)
-        self._beside = ThreadPoolExecutor(1)
         self._begin()
 
     def meet(self, meeting: Meeting) -> None:
         self._receiver.meet(meeting)
 
     def _begin(self) -> None:
-        self._prints: list[Future[str]] = []
+        self.fingerprints: list[str] = []
+        """of the buckets that this update has got"""
         self.seconds = dict.fromkeys(("transfer_s", "fingerprint_s", "load_s"), 0.0)
         self._loaded: set[str] = set()
 
@@ -79,18 +77,8 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._loaded |= self.model.load_weights(tensors)
             self._keep_what_waits(buffer)
         # Last: the bytes are still the sender's, and one that changed while they were loaded must show.
-        self._prints.append(self._beside.submit(self._fingerprint, header, buffer))
-        if not update_info.ticket.get("last"):  # beside the probe, else before the sender may write
-            self._prints[-1].result()
-
-    def _fingerprint(self, header: BucketHeader, buffer: torch.Tensor) -> str:
         with self._timed("fingerprint_s"):
-            return fingerprint(header, buffer)
-
-    @property
-    def fingerprints(self) -> list[str]:
-        """Of the buckets that this update has got."""
-        return [made.result() for made in self._prints]
+            self.fingerprints.append(fingerprint(header, buffer))
 
     def _keep_what_waits(self, buffer: torch.Tensor) -> None:
         """vLLM holds tensors until a layer is complete, and the sender uses the buffer's memory again: copy those."""

@@ -179,7 +179,7 @@ class WeightPublisher:
                 result.sent(bucket)
                 ticket = bucket.ticket
                 if bucket.last:
-                    return alive, loading, ticket | {"last": True}
+                    return alive, loading, ticket
                 loading.append(self._each(result, alive, lambda t, k=ticket: t.load_bucket(k)))
                 if len(loading) == IN_FLIGHT:  # the next bucket takes the memory of the oldest
                     loaded = [t for t, _ in await loading.popleft()]
