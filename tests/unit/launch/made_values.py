@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from ruamel.yaml import YAML
 
 from rayrlhf.config import Config, config_from
 from rayrlhf.launch.manifests import render
 from rayrlhf.launch.values import Values
 
-__all__ = ["ROOT", "config", "read", "rendered", "values"]
+__all__ = ["EXAMPLE", "ROOT", "config", "linter", "read", "rendered", "values"]
 
 ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "cluster" / "values.yaml"
 
 
 def values(**changes: Any) -> Values:
@@ -36,3 +40,11 @@ def rendered(name: str, made: Values | None = None, run: Config | None = None) -
 def read(text: str) -> Any:
     """As Kubernetes and Ray read it: YAML, every key once."""
     return YAML(typ="safe", pure=True).load(text)
+
+
+def linter(name: str, package: str) -> str:
+    """Its path; the test is skipped where there is none."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip(f"no `{name}` command ({package})")
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,7 +17,6 @@ import jsonschema
 import pytest
 from pydantic import ValidationError
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from rayrlhf.errors import ConfigError
 from rayrlhf.launch.dashboard import NODE_METRICS, dashboard
@@ -26,10 +24,8 @@ from rayrlhf.launch.manifests import KINDS, load_values, render, write_manifests
 from rayrlhf.launch.supported import supported_versions
 from rayrlhf.metrics.names import prometheus_name
 from tests.unit.launch import kuberay_schema
-from tests.unit.launch.made_values import ROOT, config, read, rendered, values
+from tests.unit.launch.made_values import EXAMPLE, ROOT, config, linter, read, rendered, values
 
-EXAMPLE = ROOT / "cluster" / "values.yaml"
-GPU_GROUP = {"gpus": 8, "cpus": 96, "memory_gib": 768, "resources": {"fast_disk": 1}, "node_selector": {"pool": "a100"}}
 SCHEMAS = {
     "storage.yaml": kuberay_schema.VOLUME_CLAIM,
     "config.yaml": kuberay_schema.CONFIG_MAP,
@@ -37,29 +33,6 @@ SCHEMAS = {
     "rayjob.yaml": kuberay_schema.RAY_JOB,
     "podmonitor.yaml": kuberay_schema.POD_MONITOR,
 }
-
-
-@pytest.fixture(scope="module")
-def example() -> dict[str, str]:
-    return render(*load_values(EXAMPLE))
-
-
-@pytest.fixture(scope="module")
-def mixed() -> dict[str, str]:
-    """GPU and CPU groups, everything that can be asked for."""
-    made = values(
-        workers={"gpu": GPU_GROUP | {"nodes": 2, "most": 4}, "cpu": {"nodes": 1}},
-        images={
-            "gpu": "registry.example/rlhf:gpu",
-            "cpu": "registry.example/rlhf:cpu",
-            "packages": ["boto3==1.40.0"],
-            "pull_secrets": ["registry"],
-        },
-        storage={"path": "/mnt/runs", "claim": "runs", "storage_class": "nfs"},
-        slurm={"group": "gpu", "partition": "a100", "account": "me", "options": ["--qos=high"], "setup": ["true"]},
-        launcher={"provider": {"type": "aws", "region": "us-west-2"}, "ssh_private_key": "~/.ssh/key"},
-    )
-    return render(made, None)
 
 
 # What all files have in common.
@@ -184,11 +157,6 @@ def test_a_name_that_would_begin_a_line_or_word_of_its_own_is_refused(section: s
         values(**{section: keys})
 
 
-def test_root_has_its_home_elsewhere() -> None:
-    made = values(launcher={"ssh_user": "root", "docker": False})
-    assert read(rendered("ray-launcher.yaml", made))["file_mounts"] == {"/root/.ray/auth_token": "~/.ray/auth_token"}
-
-
 # KubeRay.
 
 
@@ -284,84 +252,6 @@ def test_without_autoscaling_a_group_is_as_large_as_it_is() -> None:
     spec = read(rendered("raycluster.yaml", made))["spec"]
     assert (spec["enableInTreeAutoscaling"], "autoscalerOptions" in spec) == (False, False)
     assert (spec["workerGroupSpecs"][0]["minReplicas"], spec["workerGroupSpecs"][0]["maxReplicas"]) == (2, 2)
-
-
-# Ray's cluster launcher.
-
-
-def test_rays_own_validator_takes_the_launcher_file(example: dict[str, str], mixed: dict[str, str]) -> None:
-    for text in (example["ray-launcher.yaml"], mixed["ray-launcher.yaml"]):
-        validate_config(prepare_config(read(text)))
-    wrong = read(example["ray-launcher.yaml"]) | {"available_node_typos": {}}
-    with pytest.raises(jsonschema.ValidationError, match="available_node_typos"):
-        validate_config(prepare_config(wrong))
-
-
-def test_a_launcher_for_machines_that_are_there_has_their_addresses() -> None:
-    provider = {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2", "10.0.0.3"]}
-    made = values(launcher={"provider": provider, "docker": False, "ssh_user": "me"})
-    prepared = prepare_config(read(rendered("ray-launcher.yaml", made)))
-    validate_config(prepared)
-    assert prepared["available_node_types"]["local.cluster.node"]["min_workers"] == 2
-    assert "/home/me/.ray/auth_token" in prepared["file_mounts"]
-
-
-def test_the_launcher_starts_ray_with_its_token_and_the_dashboard_on_the_head_alone(mixed: dict[str, str]) -> None:
-    found = read(mixed["ray-launcher.yaml"])
-    starts = [found["head_start_ray_commands"][-1], found["worker_start_ray_commands"][-1]]
-    assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
-    assert "--dashboard-host=127.0.0.1" in starts[0]
-    assert found["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
-    assert found["available_node_types"]["gpu"]["docker"]["worker_image"] == "registry.example/rlhf:gpu"
-    assert found["available_node_types"]["gpu"]["min_workers"] == 2
-
-
-# Slurm: what it does is in tests/integration/test_slurm_script.py.
-
-
-def linter(name: str, package: str) -> str:
-    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if found is None:
-        pytest.skip(f"no `{name}` command ({package})")
-    return found
-
-
-def test_shellcheck_has_nothing_to_say_about_the_slurm_script(mixed: dict[str, str], example: dict[str, str]) -> None:
-    command = [linter("shellcheck", "Debian: shellcheck"), "--exclude=SC1091", "-"]  # what `setup` sources is elsewhere
-    for text in (mixed["slurm.sh"], example["slurm.sh"]):
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout
-
-
-def test_the_slurm_script_is_bash_and_asks_for_what_the_values_say(mixed: dict[str, str]) -> None:
-    subprocess.run(["bash", "-n"], input=mixed["slurm.sh"], text=True, check=True)
-    directives = re.findall(r"^#SBATCH (\S+)$", mixed["slurm.sh"], flags=re.M)
-    assert {"--nodes=2", "--gpus-per-node=8", "--cpus-per-task=96", "--mem=768G", "--ntasks-per-node=1"} <= set(
-        directives
-    )
-    assert {"--signal=B:TERM@300", "--partition=a100", "--account=me", "--qos=high"} <= set(directives)
-    # sbatch reads no directive after the first line that is none of comments.
-    assert "#SBATCH" not in mixed["slurm.sh"].split("set -euo pipefail")[1]
-    assert "--resources='{\"fast_disk\": 1}'" in mixed["slurm.sh"]
-
-
-def test_slurm_needs_one_group_with_nodes() -> None:
-    made = values(workers={"a": {"nodes": 1}, "b": {"nodes": 1}})
-    with pytest.raises(ConfigError, match=r"slurm: one group of workers must have nodes \(a, b have\)"):
-        rendered("slurm.sh", made)
-
-
-def test_a_node_without_an_address_of_its_own_is_named(tmp_path: Path) -> None:
-    stubs = {"scontrol": "echo first", "hostname": "echo 127.0.1.1 ::1"}
-    for name, body in stubs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first"}
-    done = subprocess.run(
-        ["bash"], input=rendered("slurm.sh"), env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "slurm.sh: first knows no IPv4 address of its own but 127.*" in done.stderr
 
 
 # Docker: the files are linted, nothing here builds them.
