@@ -63,12 +63,13 @@ def check_versions(answers: Answers[Machine]) -> Finding:
 
 
 def _differing(machines: Mapping[str, Machine]) -> str:
-    """Packages that nodes have in several versions; a build's own suffix (+cpu) does not count."""
+    """Packages that nodes have in several versions; a build's own suffix (+cpu) does not count, nor Python's patch."""
     found: dict[str, dict[str, list[str]]] = {}
     for node, machine in machines.items():
         for package, version in machine.versions.items():
-            nodes = found.setdefault(package, {}).setdefault((version or "none").split("+")[0], [])
-            nodes.append(node)
+            public = (version or "none").split("+")[0]
+            told = ".".join(public.split(".")[:2]) if package == "python" else public
+            found.setdefault(package, {}).setdefault(told, []).append(node)
     several = {package: versions for package, versions in found.items() if len(versions) > 1}
     return "; ".join(
         f"{package} " + ", ".join(f"{version} on {', '.join(nodes[:3])}" for version, nodes in versions.items())

@@ -78,6 +78,12 @@ def test_nodes_with_different_versions_fail() -> None:
     said(checks.check_versions(of(GOOD, other)), "fail", "torch 2.13.0 on a, 2.12.0 on b", "the same versions")
 
 
+def test_nodes_whose_pythons_differ_in_the_patch_alone_are_alike() -> None:
+    first, second, third = (replace(GOOD, versions=TESTED | {"python": f"3.{n}"}) for n in ("11.7", "11.12", "12.1"))
+    assert checks.check_versions(of(first, second)).status == "pass"
+    said(checks.check_versions(of(first, third)), "fail", "python 3.11 on a, 3.12 on b", "the same versions")
+
+
 def with_gpus(number: float) -> dict[str, Node]:
     return {"a": replace(NODES["a"], gpus=number)}
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+import ray
 from pydantic import ValidationError
+from ray._private.utils import check_version_info
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from rayrlhf.errors import ConfigError
@@ -252,6 +254,41 @@ def test_without_autoscaling_a_group_is_as_large_as_it_is() -> None:
     spec = read(rendered("raycluster.yaml", made))["spec"]
     assert (spec["enableInTreeAutoscaling"], "autoscalerOptions" in spec) == (False, False)
     assert (spec["workerGroupSpecs"][0]["minReplicas"], spec["workerGroupSpecs"][0]["maxReplicas"]) == (2, 2)
+
+
+def started_with(files: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The environment that each kind of file gives to `ray start`, by who is started."""
+    pods_of = {"raycluster.yaml": read(files["raycluster.yaml"])["spec"]}
+    pods_of["rayjob.yaml"] = read(files["rayjob.yaml"])["spec"]["rayClusterSpec"]
+    found = {
+        f"{name} {pod['containers'][0]['name']} {i}": {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+        for name, cluster in pods_of.items()
+        for i, pod in enumerate(pods(cluster))
+    }
+    launcher = read(files["ray-launcher.yaml"])
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        words = launcher[key][-1].split("; ")[-1].split(" ray start ")[0].split()
+        found[key] = dict(word.split("=", 1) for word in words)
+    exports = [line for line in files["slurm.sh"].split("ray_on")[0].splitlines() if line.startswith("export ")]
+    found["slurm.sh"] = dict(word.split("=", 1) for line in exports for word in shlex.split(line, comments=True)[1:])
+    return found
+
+
+def test_nodes_whose_pythons_differ_in_the_patch_alone_meet_in_one_ray(
+    mixed: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images have different bases. Ray's own check, with the environment that each Ray is started with."""
+    other = {"ray_version": ray.__version__, "python_version": f"3.11.{sys.version_info[2] + 1}"}
+    environments = started_with(mixed)
+    assert len(environments) == 2 * 3 + 2 + 1
+    for who, environment in environments.items():
+        monkeypatch.delenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        check_version_info(other, who)
+    monkeypatch.delenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL")
+    with pytest.raises(RuntimeError, match="Version mismatch"):  # what Ray does by itself
+        check_version_info(other, "here")
 
 
 # Docker: the files are linted, nothing here builds them.
