@@ -239,12 +239,20 @@ def _check_output(config: Config) -> None:
 
 
 def _check_nobody_writes_there(jobs: Jobs, folder: str) -> None:
+    """Before anything is sent. A run that comes second by another path, or by hand, is refused by the folder's lock."""
     for details in jobs.list_jobs():
-        if not details.status.is_terminal() and (details.metadata or {}).get("run") == folder:
+        taken = (details.metadata or {}).get("run")
+        if taken and not details.status.is_terminal() and _plain(taken) == _plain(folder):
             raise ConfigError(
-                f"run.output, run.name: {details.submission_id} is {details.status.value} and writes to {folder}",
+                f"run.output, run.name: {details.submission_id} is {details.status.value} and writes to "
+                f"{_plain(folder)}",
                 f"`rayrlhf stop {details.submission_id}` first, or give another run.name",
             )
+
+
+def _plain(path: str) -> str:
+    """Less `..`, `.` and doubled slashes; links are the cluster's, and are not known here."""
+    return "/" + os.path.normpath(path).lstrip("/")
 
 
 def _log_of(jobs: Jobs, details: JobDetails) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rayrlhf.actors.exporter import RayMetrics
 from rayrlhf.checkpoint.artifacts import Artifact, ArtifactStore
 from rayrlhf.checkpoint.ledger import LEDGER
+from rayrlhf.checkpoint.owner import owned
 from rayrlhf.config import Config, dump_config
 from rayrlhf.config.run import StageName
 from rayrlhf.config.secrets import masked
@@ -69,7 +70,8 @@ def run(
             run even if it was done before.
 
     Raises:
-        ConfigError, DataError, ModelError, ResourceError: before any actor starts.
+        ConfigError, DataError, ModelError, ResourceError: before any actor starts; ConfigError too when another process
+            has the run's folder.
         TrainingError: among others, when that step and the reference trainer's differ.
     """
     if verify_step is not None and resume:
@@ -158,6 +160,10 @@ class _Run:
         self.folder = (config.run.output / config.run.name).resolve()
 
     def execute(self) -> Path:
+        with owned(self.folder, lambda line: self.console.print(line, markup=False, highlight=False, soft_wrap=True)):
+            return self._execute()
+
+    def _execute(self) -> Path:
         self._prepare_folder()
         sink = RunSink(self.folder, self._other_sinks())
         context = StageContext(self.config, self.data, self.folder, sink, self.console, self.resume, self.verify_step)

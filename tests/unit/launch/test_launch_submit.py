@@ -170,6 +170,16 @@ def test_a_run_folder_that_another_job_writes_to_is_refused(config: Path, server
     submitted(config)
 
 
+@pytest.mark.parametrize("output", ["/shared/../shared/runs", "//shared/runs/", "/shared/./other/../runs"])
+def test_a_run_folder_in_other_words_is_the_same_folder(config: Path, server: Server, output: str) -> None:
+    server.known = [details(metadata={"run": "/shared/runs/mine"})]
+    with pytest.raises(ConfigError, match="mine-1 is RUNNING and writes to /shared/runs/mine"):
+        submitted(config, f"run.output={output}")
+    server.known = [details(metadata={"run": f"{output}/mine"})]
+    with pytest.raises(ConfigError, match="mine-1 is RUNNING and writes to /shared/runs/mine"):
+        submitted(config)
+
+
 # ---- what a job's end is told as
 
 
