@@ -79,6 +79,15 @@ signal.pause()
 """
 
 
+# Those of another job's Ray on the same nodes, which was started with Ray's own defaults.
+OTHERS = """\
+import socket, time
+taken = [socket.create_server(("0.0.0.0", port)) for port in (6379, 8265, 10001, 52365)]
+print("taken", flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Hosts]:
     if reason := why_not():
@@ -95,6 +104,22 @@ def commands(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def occupied(hosts: Hosts) -> Iterator[None]:
+    """On both hosts somebody listens where Ray would by default."""
+    there = [
+        subprocess.Popen(hosts.inside(host, sys.executable, "-c", OTHERS), stdout=subprocess.PIPE, text=True)
+        for host in ADDRESSES
+    ]
+    try:
+        assert [process.stdout.readline() for process in there if process.stdout] == ["taken\n", "taken\n"]
+        yield
+    finally:
+        for process in there:
+            process.kill()
+            process.communicate()
+
+
 def inside(hosts: Hosts) -> list[str]:
     """The processes that are left on either host."""
     listed = [subprocess.check_output(["ip", "netns", "pids", name], text=True) for name in hosts.namespaces.values()]
@@ -102,9 +127,10 @@ def inside(hosts: Hosts) -> list[str]:
 
 
 def test_the_script_makes_one_ray_of_all_nodes_hands_on_the_signal_and_leaves_nothing(
-    hosts: Hosts, tmp_path: Path
+    hosts: Hosts, occupied: None, tmp_path: Path
 ) -> None:
-    shared, result, job = tmp_path / "shared", tmp_path / "result.json", str(os.getpid() % 10_000)
+    strangers = set(inside(hosts))
+    shared, result, job = tmp_path / "shared", tmp_path / "result.json", str(os.getpid() % 3000)
     shared.mkdir()
     (tmp_path / "run.py").write_text(RUN)
     values = Values.model_validate(
@@ -141,6 +167,6 @@ def test_the_script_makes_one_ray_of_all_nodes_hands_on_the_signal_and_leaves_no
     assert "slurm.sh: 2 Ray nodes" in log.read_text()
     assert list(shared.iterdir()) == []  # the token went with the job
     deadline = time.monotonic() + 20
-    while inside(hosts) and time.monotonic() < deadline:
+    while set(inside(hosts)) - strangers and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert inside(hosts) == []
+    assert set(inside(hosts)) == strangers
