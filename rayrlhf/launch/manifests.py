@@ -144,6 +144,26 @@ def _slurm_group(values: Values, groups: Sequence[Sized]) -> Sized:
     return found[0]
 
 
+def _check_machines(values: Values, groups: Sequence[Sized]) -> None:
+    """Where machines are named (provider `local`) the launcher has one kind of worker: the first group's."""
+    if values.launcher.provider["type"] != "local":
+        return
+    needed, there = sum(group.nodes for group in groups), len(values.launcher.provider["worker_ips"])
+    if needed > there:
+        raise ConfigError(
+            f"launcher.provider.worker_ips names {there} machine{'' if there == 1 else 's'}, and the groups of workers "
+            f"need {needed}",
+            "name more, or lower workers.<group>.nodes",
+        )
+    for other in groups[1:]:
+        if other.group.resources != groups[0].group.resources:
+            raise ConfigError(
+                f"launcher.provider is local, whose workers are alike: workers.{groups[0].name}.resources and "
+                f"workers.{other.name}.resources differ",
+                "make them the same, or start Ray on those machines by hand",
+            )
+
+
 def _render_one(name: str, values: Values, groups: Sequence[Sized]) -> str:
     if name == "grafana-dashboard.json":
         return json.dumps(dashboard(values.name), indent=2) + "\n"
@@ -155,6 +175,7 @@ def _render_one(name: str, values: Values, groups: Sequence[Sized]) -> str:
     if name == "rayjob.yaml":
         context["command"] = _command(values, KUBERAY_CONFIG)
     if name == "ray-launcher.yaml":
+        _check_machines(values, groups)
         user = "ray" if values.launcher.docker else values.launcher.ssh_user
         home = "/root" if user == "root" else f"/home/{user}"
         context |= {"home": home, "config_file": _absolute(values), "command": _command(values, f"{home}/run.yaml")}

@@ -111,8 +111,10 @@ class Launcher(Section):
     def _a_local_cluster_has_addresses(self) -> Launcher:
         if "type" not in self.provider:
             raise ValueError("provider.type: missing; aws, gcp, azure or local, for example")
-        if self.provider["type"] == "local" and not {"head_ip", "worker_ips"} <= set(self.provider):
-            raise ValueError("provider.type is local: give provider.head_ip and provider.worker_ips")
+        if self.provider["type"] == "local" and not (
+            "head_ip" in self.provider and isinstance(self.provider.get("worker_ips"), list)
+        ):
+            raise ValueError("provider.type is local: give provider.head_ip and a list, provider.worker_ips")
         return self
 
 
