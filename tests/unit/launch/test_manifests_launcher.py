@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -73,6 +74,21 @@ def test_the_launcher_starts_ray_with_its_token_and_the_dashboard_on_the_head_al
     assert found["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     assert found["available_node_types"]["gpu"]["docker"]["worker_image"] == "registry.example/rlhf:gpu"
     assert found["available_node_types"]["gpu"]["min_workers"] == 2
+
+
+def test_a_prometheus_on_the_heads_machine_reads_the_list_that_ray_writes_in_the_container(
+    mixed: dict[str, str],
+) -> None:
+    [scrape] = read(mixed["prometheus.yaml"])["scrape_configs"]
+    [path] = scrape["file_sd_configs"][0]["files"]
+    prepared = prepare_config(read(mixed["ray-launcher.yaml"]))
+    options = shlex.split(" ".join(prepared["docker"]["run_options"] + prepared["docker"]["head_run_options"]))
+    volumes = [options[i + 1].split(":") for i, word in enumerate(options) if word == "--volume"]
+    assert str(Path(path).parent) in [there for here, there in volumes if here == there]
+    # Docker would make it for root alone, and Ray is not root.
+    assert prepared["initialization_commands"][0] == "mkdir --parents --mode=1777 /tmp/ray"
+    bare = read(rendered("ray-launcher.yaml", values(launcher={"docker": False})))
+    assert (bare["initialization_commands"], "docker" in bare) == ([], False)
 
 
 def test_root_has_its_home_elsewhere() -> None:
