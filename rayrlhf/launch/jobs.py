@@ -54,6 +54,8 @@ class Jobs(JobSubmissionClient):  # type: ignore[misc]  # Ray is not followed
         Raises:
             ConfigError: the cluster knows none of that name; names the nearest.
         """
+        if job in ("", ".", "..") or set(job) & set("/?#%"):  # another address than a job's
+            raise ConfigError(f"{job!r}: no name of a job", self._nearest(job))
         try:
             found = self.get_job_info(job)
         except RequestFailed as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -75,23 +76,44 @@ def collect_package(folder: Path, config: Path, limit_mib: float = LIMIT_MIB) ->
 
 
 def write_zip(package: Package, target: Path) -> None:
-    """The same files give the same bytes, which a cluster that has them is not sent again."""
+    """The same files give the same bytes, which a cluster that has them is not sent again.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(package.files.items()):
+            try:
+                mode, data = path.stat().st_mode, path.read_bytes()
+            except OSError as error:
+                raise _unreadable(error) from None
             entry = zipfile.ZipInfo(name)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (path.stat().st_mode & 0o777) << 16
-            archive.writestr(entry, path.read_bytes())
+            entry.external_attr = (mode & 0o777) << 16
+            archive.writestr(entry, data)
 
 
 def _files(folder: Path, prefix: str) -> dict[str, Path]:
     try:
-        return {prefix + path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+        files = {prefix + path.relative_to(folder).as_posix(): path for path in _walk(folder)}
     except OSError as error:
-        raise ConfigError(
-            f"{error.filename}: cannot be read ({error.strerror})",
-            "list it in .rayignore, or give --working-dir the folder of the job alone",
-        ) from None
+        raise _unreadable(error) from None
+    for name, path in files.items():
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{path}: its name is not UTF-8, which a package's names are",
+                "rename it, or list it in .rayignore (a ? stands for each such byte)",
+            ) from None
+    return files
+
+
+def _unreadable(error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{error.filename}: cannot be read ({error.strerror})",
+        "list it in .rayignore, or give --working-dir the folder of the job alone",
+    )
 
 
 def _walk(folder: Path, rules: tuple[tuple[Path, PathSpec], ...] = ()) -> Iterator[Path]:
@@ -116,7 +138,21 @@ def _is_secret(target: Path, folder: Path) -> bool:
 def _rules_of(folder: Path) -> Iterator[tuple[Path, PathSpec]]:
     for name in IGNORE_FILES:
         if (folder / name).is_file():
-            yield folder, _spec((folder / name).read_text(encoding="utf-8").splitlines())
+            yield folder, _read_spec(folder / name)
+
+
+def _read_spec(path: Path) -> PathSpec:
+    """Of a file that is there. What cannot be understood is refused: it may name what must not be sent."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text: what it leaves out is not known", "save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            _spec([line])
+        except (ValueError, IndexError, re.error):
+            raise ConfigError(f"{path}:{number}: {line!r} is no pattern", "take the line out, or mend it") from None
+    return _spec(lines)
 
 
 def _spec(lines: Iterable[str]) -> PathSpec:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zipfile
 from pathlib import Path
 
@@ -114,3 +116,73 @@ def test_the_same_files_give_the_same_archive_whenever_they_were_written(tmp_pat
     with zipfile.ZipFile(archives[0]) as archive:
         assert archive.read("mine.yaml") == b"x"  # at the top: it is the job's folder
         assert archive.getinfo("run.sh").external_attr >> 16 == 0o755
+
+
+# What cannot be read, or not be sent.
+
+
+def refused(folder: Path) -> ConfigError:
+    with pytest.raises(ConfigError) as error:
+        write_zip(collect_package(folder, folder / "mine.yaml"), folder.parent / "package.zip")
+    return error.value
+
+
+@pytest.mark.parametrize("text", ["données/\n".encode("latin-1"), "*.pem\n".encode("utf-16")])
+def test_an_ignore_file_that_is_not_utf8_is_named(tmp_path: Path, text: bytes) -> None:
+    """Whoever reads it wrong sends what it leaves out."""
+    write(tmp_path, "mine.yaml")
+    (tmp_path / ".gitignore").write_bytes(text)
+    error = refused(tmp_path)
+    assert error.message == f"{tmp_path / '.gitignore'}: not UTF-8 text: what it leaves out is not known"
+    assert error.hint == "save it as UTF-8"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_pattern(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "notes.txt")
+    (tmp_path / ".gitignore").write_text("notes.txt\n", encoding="utf-8-sig")
+    assert names(tmp_path) == {"mine.yaml", ".gitignore"}
+
+
+@pytest.mark.parametrize("line", ["!", "/", "[z-a]*"])
+def test_a_line_that_is_no_pattern_is_told_by_its_number_or_matches_nothing(tmp_path: Path, line: str) -> None:
+    write(tmp_path, "mine.yaml", "code/a.py")
+    (tmp_path / "code" / ".rayignore").write_text(f"# mine\n{line}\n")
+    if line == "/":
+        assert names(tmp_path) == {"mine.yaml", "code/a.py", "code/.rayignore"}
+        return
+    error = refused(tmp_path)
+    assert error.message == f"{tmp_path}/code/.rayignore:2: {line!r} is no pattern"
+    assert "take the line out" in error.hint
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"x")
+    error = refused(tmp_path)
+    assert error.message == f"{tmp_path}/caf\\udce9.txt: its name is not UTF-8, which a package's names are"
+    assert ".rayignore" in error.hint
+    (tmp_path / ".rayignore").write_text("caf?.txt\n")  # as the hint says
+    assert names(tmp_path) == {"mine.yaml", ".rayignore"}
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "mine.yaml", "code/closed.bin")
+    closed, read_bytes = tmp_path / "code" / "closed.bin", Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)  # whoever runs tests as root may read all
+    error = refused(tmp_path)
+    assert error.message == f"{closed}: cannot be read (Permission denied)"
+    assert ".rayignore" in error.hint
+
+
+def test_a_file_that_goes_meanwhile_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "new.bin")
+    package = collect_package(tmp_path, tmp_path / "mine.yaml")
+    (tmp_path / "new.bin").unlink()
+    with pytest.raises(ConfigError, match=r"new\.bin: cannot be read \(No such file or directory\)"):
+        write_zip(package, tmp_path / "package.zip")

@@ -232,6 +232,10 @@ def test_an_unknown_job_names_the_nearest_or_the_newest() -> None:
     with pytest.raises(ConfigError) as error:
         known.find("zzz")  # type: ignore[misc]
     assert error.value.hint == "the newest are other-d4e5f6, mine-a1b2c3"
+    for none in ("", "..", "../version", "mine-a1b2c3/logs", "mine?"):
+        with pytest.raises(ConfigError) as error:
+            known.find(none)  # type: ignore[misc]
+        assert error.value.message == f"{none!r}: no name of a job"
 
 
 # ---- the way to the cluster
