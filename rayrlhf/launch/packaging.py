@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ray._private.thirdparty.pathspec import PathSpec  # git's rules for .gitignore, as Ray itself reads them
@@ -20,11 +21,12 @@ __all__ = ["IGNORED", "IGNORE_FILES", "LIMIT_MIB", "Package", "collect_package",
 LIMIT_MIB = 100
 MIB = 2**20
 IGNORE_FILES = (".gitignore", ".rayignore")
-# Where secrets lie.
+# Where secrets lie, in small letters: names are compared whatever their letters.
 SECRET = (
     *(".env", ".env.*", ".envrc", ".netrc", ".git-credentials", ".pypirc", "kaggle.json"),
+    *("credentials.json", "client_secret*.json", "service_account*.json"),
     *(".ssh/", ".aws/", ".azure/", ".config/gcloud/", ".kube/", ".docker/", ".gnupg/", ".ray/", ".cache/"),
-    *("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.ppk", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
 )
 IGNORED = (
     # what other tools leave
@@ -32,8 +34,11 @@ IGNORED = (
     *(".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".import_linter_cache/", ".hypothesis/", ".ipynb_checkpoints/"),
     # what runs leave
     *("runs/", "wandb/"),
-    *SECRET,
 )
+
+
+# Each with the folder that its names start from; the top one first.
+Rules = tuple[tuple[Path, PathSpec], ...]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,9 @@ class Package:
 
     sizes: Mapping[str, int]
     """Bytes, by name."""
+
+    links: tuple[str, ...] = ()
+    """To folders, which are not followed: what they would be called in the package."""
 
     @property
     def mib(self) -> float:
@@ -62,10 +70,11 @@ def collect_package(folder: Path, config: Path, limit_mib: float = LIMIT_MIB) ->
     folder, config = folder.resolve(), config.resolve()
     own = Path(__file__).parents[1]
     # The code that has checked the config is the code that runs it, whatever the nodes have installed.
-    files = {name: path for name, path in _files(folder, "").items() if not name.startswith("rayrlhf/")}
+    found, links = _files(folder, "")
+    files = {name: path for name, path in found.items() if not name.startswith("rayrlhf/")}
     name = config.relative_to(folder).as_posix() if config.is_relative_to(folder) else f".rayrlhf/{config.name}"
-    files |= _files(own, "rayrlhf/") | {name: config}
-    package = Package(files, name, {name: path.stat().st_size for name, path in files.items()})
+    files |= _files(own, "rayrlhf/")[0] | {name: config}
+    package = Package(files, name, {name: path.stat().st_size for name, path in files.items()}, links)
     if package.mib > limit_mib:
         raise ConfigError(
             f"{folder}: {package.mib:.0f} MiB would be sent to every node, {limit_mib:g} at most: {_largest(package)}",
@@ -93,12 +102,14 @@ def write_zip(package: Package, target: Path) -> None:
             archive.writestr(entry, data)
 
 
-def _files(folder: Path, prefix: str) -> dict[str, Path]:
+def _files(folder: Path, prefix: str) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The files below it by their names in the package; the names of links to folders."""
     try:
-        files = {prefix + path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+        found = {prefix + path.relative_to(folder).as_posix(): path for path in _walk(folder)}
+        links = tuple(name for name, path in found.items() if path.is_dir())
     except OSError as error:
         raise _unreadable(error) from None
-    for name, path in files.items():
+    for name, path in found.items():
         try:
             name.encode()
         except UnicodeEncodeError:
@@ -106,7 +117,7 @@ def _files(folder: Path, prefix: str) -> dict[str, Path]:
                 f"{path}: its name is not UTF-8, which a package's names are",
                 "rename it, or list it in .rayignore (a ? stands for each such byte)",
             ) from None
-    return files
+    return {name: path for name, path in found.items() if name not in links}, links
 
 
 def _unreadable(error: OSError) -> ConfigError:
@@ -116,23 +127,40 @@ def _unreadable(error: OSError) -> ConfigError:
     )
 
 
-def _walk(folder: Path, rules: tuple[tuple[Path, PathSpec], ...] = ()) -> Iterator[Path]:
-    """Files that no rule ignores; a folder's rules hold below it. Links to folders are not followed."""
-    rules = (*(rules or ((folder, _spec(IGNORED)),)), *_rules_of(folder))
+def _walk(folder: Path, rules: Rules = (), top: Path | None = None) -> Iterator[Path]:
+    """Files that no rule ignores, and links to folders, which are not followed."""
+    top = top or folder
+    rules = (*rules, *_rules_of(folder))
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path, suffix = Path(entry.path), "/" if entry.is_dir() else ""
-        if any(spec.match_file(path.relative_to(start).as_posix() + suffix) for start, spec in rules):
+        path = Path(entry.path)
+        if _is_left_out(path.relative_to(top).as_posix() + "/" * entry.is_dir()) or _is_ignored(path, entry, rules):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _walk(path, rules)
-        elif entry.is_file() and not (entry.is_symlink() and _is_secret(path.resolve(), rules[0][0])):
+            yield from _walk(path, rules, top)
+        elif entry.is_dir() or (entry.is_file() and not (entry.is_symlink() and _is_secret(path.resolve(), top))):
             yield path
+
+
+def _is_left_out(name: str) -> bool:
+    """Whatever ignore files say."""
+    return bool(_known(IGNORED).match_file(name) or _known(SECRET).match_file(name.lower()))
 
 
 def _is_secret(target: Path, folder: Path) -> bool:
     """Whether what a link leads to is left out by its own name, wherever it lies: a link to a .env is one."""
     name = target.relative_to(folder) if target.is_relative_to(folder) else target
-    return bool(_spec(SECRET).match_file(name.as_posix().lstrip("/")))
+    return bool(_known(SECRET).match_file(name.as_posix().lstrip("/").lower()))
+
+
+def _is_ignored(path: Path, entry: os.DirEntry[str], rules: Rules) -> bool:
+    """The last pattern that matches decides, and those of the nearest folder come last."""
+    ignored = False
+    for start, spec in rules:
+        name = path.relative_to(start).as_posix() + "/" * entry.is_dir()
+        for pattern in spec.patterns:
+            if pattern.include is not None and any(True for _ in pattern.match((name,))):
+                ignored = pattern.include
+    return ignored
 
 
 def _rules_of(folder: Path) -> Iterator[tuple[Path, PathSpec]]:
@@ -152,6 +180,11 @@ def _read_spec(path: Path) -> PathSpec:
             _spec([line])
         except (ValueError, IndexError, re.error):
             raise ConfigError(f"{path}:{number}: {line!r} is no pattern", "take the line out, or mend it") from None
+    return _spec(lines)
+
+
+@cache
+def _known(lines: tuple[str, ...]) -> PathSpec:
     return _spec(lines)
 
 

@@ -83,6 +83,11 @@ def submit(
         )
     sent = f"{len(package.files)} files, {package.mib:.1f} MiB; environment: {', '.join(sorted(variables))}"
     console.print(f"{job} is submitted ({sent})", highlight=False, markup=False, soft_wrap=True)
+    if package.links:
+        told = f"links to folders are not sent: {', '.join(package.links)}"
+        console.print(
+            f"{told} (name the folders themselves, on shared storage)", highlight=False, markup=False, soft_wrap=True
+        )
     return job
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -61,12 +62,61 @@ def test_ignore_files_hold_for_their_folder_and_below(tmp_path: Path) -> None:
     assert names(tmp_path) - ignore == {"mine.yaml", "a/kept.txt", "c/kept.bin"}
 
 
+def test_the_nearest_ignore_file_has_the_last_word_as_in_git(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "a.log", "kept/a.log", "kept/deep/b.log", "kept/deep/c.log", "models/tiny.bin")
+    write(tmp_path, "out/a.log")
+    (tmp_path / ".gitignore").write_text("*.log\nmodels/*\nout/\n")
+    (tmp_path / "kept" / ".gitignore").write_text("!*.log\n")
+    (tmp_path / "kept" / "deep" / ".gitignore").write_text("c.log\n")
+    (tmp_path / "out" / ".gitignore").write_text("!*.log\n")  # nobody looks into a folder that is left out
+    (tmp_path / ".rayignore").write_text("!models/tiny.bin\n")
+    expected = {"mine.yaml", "kept/a.log", "kept/deep/b.log", "models/tiny.bin"}
+    assert {name for name in names(tmp_path) if "ignore" not in name} == expected
+
+
+def test_git_and_we_leave_out_the_same(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "a.log", "kept/a.log", "kept/deep/b.log", "kept/deep/c.log", "out/a.log", "a b/x.tmp")
+    (tmp_path / ".gitignore").write_text("*.log\nout/\n*.tmp\n!x.tmp\n")
+    (tmp_path / "kept" / ".gitignore").write_text("!*.log\n")
+    (tmp_path / "kept" / "deep" / ".gitignore").write_text("/c.log\n")
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    listed = subprocess.check_output([*git, "ls-files", "-z", "--others", "--exclude-standard"], text=True)
+    assert names(tmp_path) == set(listed.split("\0")) - {""}
+
+
+def test_what_is_left_out_always_cannot_be_brought_in_again(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", ".env", "server.pem")
+    (tmp_path / ".rayignore").write_text("!.env\n!*.pem\n")
+    assert names(tmp_path) == {"mine.yaml", ".rayignore"}
+
+
+def test_a_secrets_name_is_known_in_capitals_too(tmp_path: Path) -> None:
+    write(tmp_path, "mine.yaml", "server.PEM", "Deploy.Key", ".ENV", "ID_RSA", ".SSH/config", "Runs/notes.txt")
+    write(tmp_path, "credentials.json", "client_secret_12.json", "Service_Account.json", "mine.ppk")
+    write(tmp_path, "keys.json", "credentials_test.py", "keyboard.py", "environment.yaml")
+    assert names(tmp_path) == {
+        "mine.yaml",
+        "keys.json",
+        "credentials_test.py",
+        "keyboard.py",
+        "environment.yaml",
+        "Runs/notes.txt",
+    }
+
+
 def test_links_to_folders_are_not_followed_and_broken_ones_do_no_harm(tmp_path: Path) -> None:
     write(tmp_path / "elsewhere", "data.bin")
     write(tmp_path / "mine", "mine.yaml")
     (tmp_path / "mine" / "data").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "mine" / "gone").symlink_to(tmp_path / "nowhere")
-    assert names(tmp_path / "mine") == {"mine.yaml"}
+    (tmp_path / "mine" / "ignored").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / "code").mkdir()
+    (tmp_path / "mine" / "code" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / ".rayignore").write_text("ignored\n")
+    assert names(tmp_path / "mine") == {"mine.yaml", ".rayignore"}
+    package = collect_package(tmp_path / "mine", tmp_path / "mine" / "mine.yaml")
+    assert package.links == ("code/more", "data")  # whoever submits is told
 
 
 def test_a_config_that_is_ignored_or_lies_elsewhere_is_sent_all_the_same(tmp_path: Path) -> None:

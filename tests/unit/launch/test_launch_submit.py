@@ -161,6 +161,12 @@ def test_a_run_folder_that_would_go_with_the_job_is_refused(config: Path, server
     assert not server.given
 
 
+def test_links_to_folders_that_are_not_sent_are_told(config: Path, server: Server) -> None:
+    assert "are not sent" not in submitted(config)
+    (config.parent / "data").symlink_to(config.parent)
+    assert "links to folders are not sent: data (name the folders themselves" in submitted(config)
+
+
 def test_a_run_folder_that_another_job_writes_to_is_refused(config: Path, server: Server) -> None:
     server.known = [details(metadata={"run": "/shared/runs/mine"})]
     with pytest.raises(ConfigError, match="mine-1 is RUNNING and writes to /shared/runs/mine") as error:
