@@ -215,10 +215,11 @@ def doctor(
 ) -> None:
     """What of this machine, or of every node of a cluster, would stop a run: each check with what to do; exit code 1
     where one fails."""
-    settings = load_config(config, overrides or ()) if config else None
-    from rayrlhf.launch.doctor.examination import examine
     from rayrlhf.launch.doctor.show import as_json as line
-    from rayrlhf.launch.doctor.show import failed, show
+    from rayrlhf.launch.doctor.show import failed, read_config, show
+
+    settings = read_config(config, overrides or (), as_json) if config else None
+    from rayrlhf.launch.doctor.examination import examine
 
     console = Console(stderr=as_json)
     with console.status("") as status:

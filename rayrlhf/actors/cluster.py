@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import psutil
 import ray
 from ray._private import ray_constants
+from ray.exceptions import AuthenticationError
 
 from rayrlhf.actors.placement import check_resources, promised_cpus
+from rayrlhf.actors.ray_token import refusal, token_hint
 from rayrlhf.config import Config
 from rayrlhf.errors import ResourceError
 
@@ -36,6 +38,7 @@ GRACE_S = 3.0
 # What Ray sets for the command of a job, and nobody else.
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 KNOCK_S = 10.0
+ANSWER_S = 2.0
 # Ray keeps a history of every call for a dashboard, in the driver's memory too; a Ray of our own has no dashboard.
 UNTOLD = {"task_events_report_interval_ms": 0}
 # What Ray calls the resource that says which GPUs a node has.
@@ -66,18 +69,28 @@ def join(address: str | None, namespace: str, cpus: int = 0) -> None:
     """Join the Ray at `address` (`auto`, `host:port`); None starts one here, which promises so many CPUs at least.
 
     Raises:
-        ResourceError: no cluster answers.
+        ResourceError: no cluster answers, another server does, or the cluster refuses the token.
     """
     logging.getLogger("ray").setLevel(logging.ERROR)  # notices of defaults; the console is the user's
     try:
         if address is not None and address != "auto":
             _knock(address)
+    except OSError as error:
+        raise _no_answer(address, error, "start one with `ray start --head`") from None
+    try:
         _ray_init(address, namespace, cpus)
-    except OSError as error:  # ConnectionError among them
-        raise ResourceError(
-            f"cluster.address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
-            "start one with `ray start --head`, or leave cluster.address out to start Ray here",
-        ) from None
+    except (OSError, AuthenticationError) as error:  # ConnectionError among them
+        if said := refusal(error):
+            where = f"cluster.address {address}" if address else "Ray cannot start here"
+            raise ResourceError(f"{where}: {said}", token_hint()) from None
+        raise _no_answer(address, error, "see that it is the head's port (6379), and that Ray runs there") from None
+
+
+def _no_answer(address: str | None, error: OSError | AuthenticationError, cure: str) -> ResourceError:
+    return ResourceError(
+        f"cluster.address {address}: no Ray cluster answers ({str(error).splitlines()[0]})",
+        f"{cure}, or leave cluster.address out to start Ray here",
+    )
 
 
 def resources_of_nodes() -> list[dict[str, float]]:
@@ -115,10 +128,27 @@ def _node(resources: Mapping[str, float]) -> NodeResources:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError at once where nothing listens: Ray itself would go on trying for minutes."""
+    """Ray itself would go on trying for minutes.
+
+    Raises:
+        OSError: nothing listens.
+        ResourceError: something does, and speaks HTTP.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+    if "://" in host or (host and port.isdigit() and _speaks_http(host, int(port))):
+        raise ResourceError(
+            f"cluster.address {address}: not where Ray's nodes meet; a dashboard is at such an address",
+            "give the head's Ray port, HEAD:6379 (http://HEAD:8265 is for submit, status, logs and stop)",
+        )
+
+
+def _speaks_http(host: str, port: int) -> bool:
+    """Ray's own protocol begins with a frame of HTTP/2."""
+    with socket.create_connection((host, port), timeout=KNOCK_S) as connection, suppress(OSError):
+        connection.settimeout(ANSWER_S)  # it may say nothing: Ray's own attempt decides
+        connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return connection.recv(7) == b"HTTP/1."
+    return False
 
 
 def _ray_init(address: str | None, namespace: str, cpus: int) -> None:

@@ -17,6 +17,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
+from rayrlhf.actors.ray_token import token_hint
 from rayrlhf.errors import ConfigError, ResourceError
 
 __all__ = ["LOST", "Jobs", "RequestFailed", "connect"]
@@ -92,7 +93,7 @@ def connect(address: str) -> Iterator[Jobs]:
     try:
         yield _client(address)
     except AuthenticationError as error:
-        raise ResourceError(f"--address {address}: {str(error).splitlines()[0]}", _token_hint(error)) from None
+        raise ResourceError(f"--address {address}: {str(error).splitlines()[0]}", token_hint()) from None
     except requests.exceptions.RequestException as error:
         raise _unreachable(address, error) from None
     except ConnectionError as error:  # Ray's own, of the first request
@@ -119,16 +120,3 @@ def _unreachable(address: str, error: Exception) -> ResourceError:
         "give the head's dashboard, http://HEAD:8265. It listens on the head's loopback alone unless `ray start` was "
         "given --dashboard-host; a tunnel (ssh -L 8265:127.0.0.1:8265 HEAD) reaches it there",
     )
-
-
-def _token_hint(error: Exception) -> str:
-    mode = os.environ.get("RAY_AUTH_MODE", "unset")
-    given = next(
-        (name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)), "~/.ray/auth_token"
-    )
-    if mode.lower() != "token":
-        return (
-            f"RAY_AUTH_MODE is {mode} here and `token` on the cluster: set RAY_AUTH_MODE=token, and give the cluster's "
-            "token in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        )
-    return f"the token here is that of {given}: it has to be the one that the cluster was started with"

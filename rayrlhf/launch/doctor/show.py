@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rayrlhf.config import Config, load_config
+from rayrlhf.config.secrets import masked
+from rayrlhf.errors import RayRLHFError
 from rayrlhf.launch.doctor.findings import Finding, Status
 
-__all__ = ["as_json", "failed", "show", "summary"]
+__all__ = ["as_json", "failed", "read_config", "show", "summary"]
 
 COLOURS: dict[Status, str] = {"pass": "green", "skipped": "dim", "warn": "yellow", "fail": "bold red"}
 ORDER: tuple[Status, ...] = ("pass", "warn", "fail", "skipped")
@@ -37,6 +41,20 @@ def show(findings: Sequence[Finding], console: Console) -> None:
         table.add_row(finding.name, f"[{colour}]{finding.status}[/]", escape(finding.found) + cure)
     console.print(table, highlight=False)
     console.print(summary(findings), highlight=False, markup=False, soft_wrap=True)
+
+
+def read_config(path: Path, overrides: Sequence[str], on_json: bool) -> Config:
+    """The config that is asked about; who reads JSON gets one that cannot be read as a finding as well.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return load_config(path, overrides)
+    except RayRLHFError as error:
+        if on_json:
+            print(as_json([Finding("config", "fail", masked(error.message), masked(error.hint))]))
+        raise
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -306,4 +306,20 @@ def test_a_config_that_cannot_be_read_exits_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, [], str(tmp_path / "none.yaml")) == 2
-    assert "none.yaml" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert (shown.out, "none.yaml" in shown.err) == ("", True)
+
+
+def test_a_config_that_cannot_be_read_is_a_finding_where_json_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_text("modl: {path: x}\n")
+    assert command(monkeypatch, [], str(tmp_path / "bad.yaml"), "--json") == 2
+    shown = capsys.readouterr()
+    [line] = shown.out.splitlines()
+    report = json.loads(line)
+    [check] = report["checks"]
+    assert (report["ok"], report["fail"]) == (False, 1)
+    assert (check["name"], check["status"]) == ("config", "fail")
+    assert "bad.yaml: modl: unknown key; did you mean model?" in check["found"]
+    assert "ConfigError: " in shown.err
