@@ -176,6 +176,27 @@ def test_without_a_config_what_needs_one_is_skipped_with_the_reason(cluster: Clu
     assert found["publish"].status == "pass"
 
 
+def test_gpus_of_several_nodes_sum_over_nccl_and_nodes_without_are_left_out(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [Node("a", "1", "a", 4, 8, 2.0, True), Node("b", "2", "b", 4, 0, 2.0), Node("c", "3", "c", 4, 8, 2.0)]
+    asked: dict[str, list[str]] = {}
+
+    def reduce(backend: str, members: list[Node]) -> Answers[Reduced]:
+        asked[backend] = [node.name for node in members]
+        return Answers({node.name: Reduced(20.0, True) for node in members})
+
+    monkeypatch.setattr(examination, "list_nodes", lambda *_: nodes)
+    monkeypatch.setattr(examination, "all_reduce", reduce)
+    cluster.machines = Answers({node.name: FINE for node in nodes})
+    found = examine(None)
+    assert asked == {"gloo": ["a", "b", "c"], "nccl": ["a", "c"]}
+    assert (found["NCCL"].status, found["NCCL"].found) == ("pass", "all-reduce of 16 MiB over 2 nodes: 20 GiB/s")
+    nodes[2:], cluster.machines = [], Answers({"a": FINE, "b": FINE})
+    examine(None)
+    assert asked["nccl"] == ["a", "a"]  # two GPUs of one node
+
+
 def test_quick_leaves_out_what_takes_its_time(cluster: Cluster) -> None:
     found = examine(None, quick=True)
     assert {name for name, f in found.items() if f.found == "left out by --quick"} == {

@@ -157,6 +157,13 @@ def test_why_there_is_no_model_or_data_to_look_for() -> None:
     assert (why_no_models(named), why_no_data(named)) == ("", "")
 
 
+def test_a_models_folder_that_may_not_be_looked_into_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.setattr(probes.os, "access", lambda path, _: path != tmp_path / "m")  # root may look into all
+    inputs = probes.measure_inputs(Wanted("", {"model.path": str(tmp_path / "m")}))
+    assert inputs.models == (Place("model.path", str(tmp_path / "m"), problem="the folder cannot be read"),)
+
+
 def test_room_for_checkpoints_follows_from_the_models_size(tmp_path: Path) -> None:
     stages = {"name": "x", "stages": ["ppo"]}
     # 64 * 1024 embeddings + 2 layers of 4 * 64^2 + 8 * 64^2 = 163,840 parameters; two learners of three checkpoints.
