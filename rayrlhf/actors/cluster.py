@@ -41,6 +41,7 @@ KNOCK_S = 10.0
 ANSWER_S = 2.0
 # Ray keeps a history of every call for a dashboard, in the driver's memory too; a Ray of our own has no dashboard.
 UNTOLD = {"task_events_report_interval_ms": 0}
+START = "start one with `ray start --head`"
 # What Ray calls the resource that says which GPUs a node has.
 KIND = "accelerator_type:"
 
@@ -76,14 +77,15 @@ def join(address: str | None, namespace: str, cpus: int = 0) -> None:
         if address is not None and address != "auto":
             _knock(address)
     except OSError as error:
-        raise _no_answer(address, error, "start one with `ray start --head`") from None
+        raise _no_answer(address, error, START) from None
     try:
         _ray_init(address, namespace, cpus)
     except (OSError, AuthenticationError) as error:  # ConnectionError among them
         if said := refusal(error):
             where = f"cluster.address {address}" if address else "Ray cannot start here"
             raise ResourceError(f"{where}: {said}", token_hint()) from None
-        raise _no_answer(address, error, "see that it is the head's port (6379), and that Ray runs there") from None
+        cure = START if address == "auto" else "see that it is the head's port (6379), and that Ray runs there"
+        raise _no_answer(address, error, cure) from None
 
 
 def _no_answer(address: str | None, error: OSError | AuthenticationError, cure: str) -> ResourceError:
