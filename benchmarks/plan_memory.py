@@ -26,6 +26,7 @@ import typer
 from common import machine, print_result, print_table
 
 from rayrlhf.config.model import FromScratch
+from rayrlhf.config.ppo import WeightsConfig
 from rayrlhf.planning.assumptions import assumptions_for
 from rayrlhf.planning.hardware import hardware_named
 from rayrlhf.planning.memory import rank_memory
@@ -112,6 +113,8 @@ def plan(case: Case) -> float:
         longest_response=RESPONSE,
         response_spread=0.0,
         micro_batch_tokens=ROWS * (PROMPT + RESPONSE),
+        transport=WeightsConfig().transport,
+        bucket_bytes=WeightsConfig().bucket_mib * 2**20,
     )
     memory = rank_memory(role, work, hardware_named("cpu"), assumptions_for("cpu"))
     assume = assumptions_for("cpu")

@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from rayrlhf.config.base import NonNegative, Positive, PositiveInt, Section, ZeroStage
 from rayrlhf.config.cluster import RoleName
 from rayrlhf.config.load import read_yaml, validated
+from rayrlhf.config.ppo import WeightsConfig
 from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape
-from rayrlhf.planning.workload import Role, Workload
+from rayrlhf.planning.workload import Role, Workload, fitting_transport
 
 __all__ = ["Form", "is_form", "lora_parameters", "read_form", "workload_of_form"]
 
@@ -176,6 +177,8 @@ def workload_of_form(form: Form) -> Workload:
         longest_response=work.response_tokens.longest,
         response_spread=work.response_tokens.spread,
         micro_batch_tokens=place.micro_batch_tokens,
+        transport=fitting_transport(place.shared),
+        bucket_bytes=WeightsConfig().bucket_mib * 2**20,
         shared=place.shared,
         text_blocks=work.pretraining.blocks,
         text_tokens=work.pretraining.tokens if work.pretraining.blocks else 0,

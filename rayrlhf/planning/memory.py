@@ -10,19 +10,35 @@ A learner under DeepSpeed 0.19 (P parameters, N ranks, b bytes of the model's dt
 
     Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.1, with what DeepSpeed keeps beside: buckets to reduce in, and
     at stage 3 up to stage3_max_live_parameters gathered.
+
+A publish moves buckets of `weights.bucket_mib`, or of one larger tensor (weights/buckets.py):
+
+    transport        policy                               engine
+    shared_memory    two in /dev/shm of rank 0's node     read in place; to a GPU tensor by tensor
+    nccl             two on rank 0                        one on every GPU
+    ipc              two on every rank                    one on every GPU, a copy
+    any, ZeRO 3      one more on every rank, gathered
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.hardware import Hardware
 from rayrlhf.planning.shapes import ModelShape
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["RankMemory", "activation_bytes", "kv_bytes_per_token", "logits_bytes", "rank_memory", "set_peak"]
+__all__ = [
+    "RankMemory",
+    "activation_bytes",
+    "beyond_engine",
+    "kv_bytes_per_token",
+    "logits_bytes",
+    "rank_memory",
+    "set_peak",
+]
 
 GIB = 2**30
 SUB_GROUP = 1_000_000_000
@@ -30,6 +46,9 @@ SUB_GROUP = 1_000_000_000
 CHUNK_ENTRIES = 2**26
 # Prompt tokens that an engine computes together, at least (engines/vllm.py).
 PREFILL_TOKENS = 4096
+# Buckets that a sender writes in turn, and transports that have them on GPUs (weights/transports).
+SEGMENTS = 2
+ON_DEVICE = ("nccl", "ipc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +59,99 @@ class RankMemory:
     rest: Mapping[str, float] = field(default_factory=dict)
     working: Mapping[str, float] = field(default_factory=dict)
     """only while it works: activations, logits, what a step needs for a moment"""
+    publishing: Mapping[str, float] = field(default_factory=dict)
+    """only during a publish, when nothing works"""
     framework: float = 0.0
+    buckets: float = 0.0
+    """that the sender keeps between publishes: on the device whoever has it, as `framework`"""
     host: Mapping[str, float] = field(default_factory=dict)
     """in the host's memory, per rank"""
     loading: float = 0.0
     """in the host's memory while the model is read, per rank that reads it"""
+    segments: float = 0.0
+    """the sender's buckets in shared memory: on one node, once"""
+
+    @property
+    def stays(self) -> float:
+        """On the device also while others have it."""
+        return self.framework + self.buckets
 
     @property
     def resident(self) -> float:
-        return sum(self.weights.values()) + sum(self.rest.values()) + self.framework
+        return sum(self.weights.values()) + sum(self.rest.values()) + self.stays
+
+    @property
+    def moment(self) -> Mapping[str, float]:
+        """What there is beside it when it is fullest."""
+        return max(self.working, self.publishing, key=lambda parts: sum(parts.values()))
 
     @property
     def peak(self) -> float:
-        return self.resident + sum(self.working.values())
+        return self.resident + sum(self.moment.values())
 
     def parts(self) -> dict[str, float]:
-        return {**self.weights, **self.rest, **self.working, "framework": self.framework}
+        buckets = {"sync buckets": self.buckets}
+        return {**self.weights, **self.rest, **self.moment, "framework": self.framework, **buckets}
 
 
 def rank_memory(role: Role, work: Workload, hardware: Hardware, assume: Assumptions) -> RankMemory:
     if role.name == "rollout":
         return _engine(role, work, hardware, assume)
-    return _learner(role, work, assume) if role.learns else _frozen(role, work, assume)
+    memory = _learner(role, work, assume) if role.learns else _frozen(role, work, assume)
+    return _sending(memory, role, work) if role.name == "policy" else memory
 
 
 def set_peak(together: Mapping[str, RankMemory]) -> float:
     """The most that a device holds at once on which these roles take turns (actors/sharing.py)."""
     if len(together) == 1:
         return next(iter(together.values())).peak
-    framework = sum(memory.framework for memory in together.values())
-    moments = [memory.peak - memory.framework for memory in together.values()]
+    moments = [memory.peak - memory.stays for memory in together.values()]
     if {"policy", "rollout"} <= together.keys():  # a publish: weights there, the engine as a whole here
-        engine = together["rollout"]
-        moments.append(sum(together["policy"].weights.values()) + engine.peak - engine.framework)
-    return framework + max(moments)
+        policy, engine = together["policy"], together["rollout"]
+        sends = sum(policy.weights.values()) + sum(policy.publishing.values())
+        moments.append(sends + engine.peak - engine.stays)
+    return sum(memory.stays for memory in together.values()) + max(moments)
+
+
+def _sending(memory: RankMemory, role: Role, work: Workload) -> RankMemory:
+    """With the buckets of a publish, of the rank that has most."""
+    size = work.dtype_bytes
+    bucket = _bucket(role.shape, work)
+    held = min(SEGMENTS * bucket, float(size * role.shape.parameters))
+    gathered = {"gathered bucket": bucket} if role.zero_stage == 3 else {}
+    if work.transport in ON_DEVICE:
+        return replace(memory, publishing=gathered, buckets=held)
+    return replace(memory, publishing=gathered, segments=held)
+
+
+def _receiving(role: Role, work: Workload) -> dict[str, float]:
+    """Of an engine: what comes, whole also where it keeps a shard; and what waits for the rest of a fused layer."""
+    shape, size = role.shape, work.dtype_bytes
+    largest = float(size * shape.largest_tensor)
+    waits = max(largest, size * shape.in_experts / shape.layers)  # of a mixture, all experts of a layer
+    if work.gpu:
+        bucket = _bucket(shape, work) if work.transport in ON_DEVICE else largest
+        return {"bucket": bucket, "waits for its layer": waits}
+    return {"waits for its layer": waits}
+
+
+def _bucket(shape: ModelShape, work: Workload) -> float:
+    """The largest: a tensor larger than a bucket has one of its own."""
+    size = work.dtype_bytes
+    return float(min(max(work.bucket_bytes, size * shape.largest_tensor), size * shape.parameters))
+
+
+def beyond_engine(
+    memory: RankMemory, role: Role, work: Workload, hardware: Hardware, assume: Assumptions
+) -> tuple[float, float, str]:
+    """(Bytes over, room, when) of an engine with GPUs of its own: it starts with its share, and a publish has the rest
+    too.
+    """
+    share = hardware.memory_bytes * min(work.gpu_memory_utilization, role.devices)
+    starts = memory.resident + sum(memory.working.values()) - share
+    room = max(share, hardware.memory_bytes * min(1.0, role.devices) * (1 - assume["fragmentation"]))
+    publishes = memory.resident + sum(memory.publishing.values()) - room
+    return max((starts, share, ""), (publishes, room, " in a publish"))
 
 
 def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
@@ -103,14 +181,15 @@ def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
         if stage in (1, 2):
             del rest["gradients"]  # see `_at_work_on_a_cpu`
         working |= _at_work_on_a_cpu(role, work, assume, share)
-        return RankMemory(weights, rest, working, framework + assume["engine_gib"] * GIB, host, 4.0 * parameters)
+        framework += assume["engine_gib"] * GIB
+        return RankMemory(weights, rest, working, framework=framework, host=host, loading=4.0 * parameters)
     if stage or ranks > 1:
         working["reduce bucket"] = float(size * work.reduce_bucket)
     # An optimizer step comes after the backward pass has let go of its activations.
     passes, copied = _passes(role, work, learns=True), min(share, SUB_GROUP) if stage == 3 else share
     step = 4 * copied if stage and not work.offload_optimizer else 0.0
     working |= {"step": step} if step > sum(passes.values()) else passes
-    return RankMemory(weights, rest, working, framework, host, 4.0 * parameters)
+    return RankMemory(weights, rest, working, framework=framework, host=host, loading=4.0 * parameters)
 
 
 def _gathered(role: Role, work: Workload) -> float:
@@ -144,7 +223,8 @@ def _frozen(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     if role.zero_stage == 3:
         working["gathered"] = _gathered(role, work)
     weights = {"weights": role.copies * size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
-    return RankMemory(weights, {}, working, assume["framework_gib"] * GIB, {}, 4.0 * parameters)
+    framework = assume["framework_gib"] * GIB
+    return RankMemory(weights, {}, working, framework=framework, loading=4.0 * parameters)
 
 
 def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions) -> RankMemory:
@@ -159,7 +239,7 @@ def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions)
     else:
         cache = work.kv_cache_gib * GIB
     parts = {"weights": weights, "key/value cache": cache}
-    return RankMemory(parts, {}, {"prefill": prefill}, framework, {}, 0.0)
+    return RankMemory(parts, {}, {"prefill": prefill}, _receiving(role, work), framework)
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype_bytes: int, shards: float = 1.0) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.hardware import GIB, Hardware
-from rayrlhf.planning.memory import RankMemory, kv_bytes_per_token, rank_memory, set_peak
+from rayrlhf.planning.memory import RankMemory, beyond_engine, kv_bytes_per_token, rank_memory, set_peak
 from rayrlhf.planning.time import StepTime, step_time
 from rayrlhf.planning.workload import Role, Workload
 
@@ -86,6 +86,7 @@ class Plan:
             "gib_per_gpu": memory.peak / GIB,
             "parts_gib": {name: nbytes / GIB for name, nbytes in memory.parts().items()},
             "host_gib_per_rank": sum(memory.host.values()) / GIB,
+            "shared_memory_gib": memory.segments / GIB,
         }
 
 
@@ -141,22 +142,22 @@ def _over(work: Workload, hardware: Hardware, assume: Assumptions, memory: Mappi
     usable = hardware.memory_bytes * (1 - assume["fragmentation"])
     for roles in [*work.device_sets(), *([("train",)] if work.train else [])]:
         role = work.train if roles == ("train",) and work.train else work.roles[roles[0]]
-        room = usable * min(1.0, role.devices)
+        room, when = usable * min(1.0, role.devices), ""
         if roles == ("rollout",):
-            room = hardware.memory_bytes * min(work.gpu_memory_utilization, role.devices)
-        over = set_peak({name: memory[name] for name in roles}) - room
+            over, room, when = beyond_engine(memory["rollout"], role, work, hardware, assume)
+        else:
+            over = set_peak({name: memory[name] for name in roles}) - room
         if over > 1:
-            found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware)))
+            found.append(Shortfall(roles, over, _too_large(roles, over, room, hardware, when)))
     found += [*_cache_too_small(work, memory), *_heads_left_over(work), *_host_too_small(work, hardware, memory)]
     return found
 
 
-def _too_large(roles: tuple[str, ...], over: float, room: float, hardware: Hardware) -> str:
+def _too_large(roles: tuple[str, ...], over: float, room: float, hardware: Hardware, when: str) -> str:
     who = " and ".join(roles)
-    needs, room_gib = (over + room) / GIB, room / GIB
-    return (
-        f"{who}: {needs:.1f} GiB a GPU, {over / GIB:.1f} more than the {room_gib:.1f} usable of {hardware.device.title}"
-    )
+    needs, title = (over + room) / GIB, hardware.device.title
+    more = f"{over / GIB:.1f} more than the {room / GIB:.1f} usable of {title}"
+    return f"{who}: {needs:.1f} GiB a GPU{when}, {more}"
 
 
 def _cache_too_small(work: Workload, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
@@ -201,6 +202,8 @@ def _over_on_a_node(work: Workload, hardware: Hardware, memory: Mapping[str, Ran
     total, free, here = 0.0, float(hardware.per_node), list[str]()
     for held, devices, roles in sorted(per_device, reverse=True):  # the fullest node there can be
         if free > 0:
+            # Rank 0 of the policy sits on one node.
+            total += memory["policy"].segments if "policy" in roles else 0.0
             total += held * min(devices, free)
             free -= devices
             here += [name for name in roles if held > len(roles) * PROCESS_BYTES]
@@ -220,7 +223,7 @@ def _beyond_the_host(roles: tuple[str, ...], total: float, hardware: Hardware) -
 
 def _on_the_host(role: str, memory: RankMemory, waits: bool) -> float:
     """Of one device's rank: what is offloaded, what waits while others work, and the process itself."""
-    kept = memory.weights["weights"] if role == "rollout" else memory.resident - memory.framework
+    kept = memory.weights["weights"] if role == "rollout" else memory.resident - memory.stays
     return sum(memory.host.values()) + (kept if waits else 0.0) + PROCESS_BYTES
 
 
@@ -231,7 +234,7 @@ def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, Rank
     if work.train is not None:
         groups["train"] = {"train": work.train}
     for roles in groups.values():
-        held = {name: role.ranks * memory[name].peak for name, role in roles.items()}
+        held = {name: role.ranks * memory[name].peak + memory[name].segments for name, role in roles.items()}
         over = sum(held.values()) - hardware.host_bytes
         if over > 0:
             parts = ", ".join(f"{name} {nbytes / GIB:.1f}" for name, nbytes in held.items())

@@ -15,10 +15,10 @@ from rayrlhf.errors import ConfigError
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.decoding import Generation, generate_seconds
 from rayrlhf.planning.hardware import Hardware
-from rayrlhf.planning.memory import RankMemory, kv_bytes_per_token, rank_memory, set_peak
+from rayrlhf.planning.memory import RankMemory, beyond_engine, kv_bytes_per_token, rank_memory, set_peak
 from rayrlhf.planning.plan import Plan, make_plan
 from rayrlhf.planning.time import RoleClock
-from rayrlhf.planning.workload import Role, Workload
+from rayrlhf.planning.workload import Role, Workload, fitting_transport
 
 __all__ = ["SETS", "overrides_of", "search", "smallest"]
 
@@ -94,7 +94,7 @@ def overrides_of(plan: Plan) -> list[str]:
     return [
         *(f"{key}={value}" for key, value in keys.items()),
         f"cluster.shared=[{shared}]",
-        f"weights.transport={'ipc' if _one_device(work.shared) else 'nccl'}",
+        f"weights.transport={work.transport}",
         f"rollout.engines={roles['rollout'].ranks}",
         f"rollout.tensor_parallel={roles['rollout'].devices:g}",
         f"rollout.gpu_memory_utilization={work.gpu_memory_utilization:g}",
@@ -120,16 +120,13 @@ def _candidates(
         tried = replace(work, micro_batch_tokens=tokens, checkpointing=checkpointing)
         staged = replace(tried, roles=_staged(tried.roles, stage, frozen))
         for sets in SETS:
-            if work.overlap and _one_device(sets):
+            if work.overlap and fitting_transport(sets) == "ipc":
                 continue  # one waits for the other there
             for utilization in UTILIZATION if any("rollout" in roles for roles in sets) else UTILIZATION[:1]:
-                set_up = replace(staged, shared=_there(sets, staged.roles), gpu_memory_utilization=utilization)
+                shared = _there(sets, staged.roles)
+                placed = replace(staged, shared=shared, transport=fitting_transport(shared))
+                set_up = replace(placed, gpu_memory_utilization=utilization)
                 yield from _combined(set_up, hardware, assume, budget, engines)
-
-
-def _one_device(sets: Sets) -> bool:
-    """Whether policy and engines take turns on the same GPUs."""
-    return any({"policy", "rollout"} <= set(roles) for roles in sets)
 
 
 def _staged(roles: Mapping[str, Role], stage: int, frozen: int) -> dict[str, Role]:
@@ -251,7 +248,7 @@ class _Engines:
                 continue
             role = replace(work.roles["rollout"], ranks=engines, devices=float(shards))
             memory = rank_memory(role, work, self._hardware, self._assume)
-            if memory.peak > self._hardware.memory_bytes * work.gpu_memory_utilization + 1:
+            if beyond_engine(memory, role, work, self._hardware, self._assume)[0] > 1:
                 continue
             made = self.of(work, role, memory)
             if made.places:

@@ -102,7 +102,7 @@ def _row(plan: Plan, role: Role) -> list[str]:
         "weights": ("weights", "hpZ copy", "key/value cache"),
         "gradients": ("gradients",),
         "optimizer": ("optimizer", "float32 weights", "average"),
-        "working": tuple(memory.working),
+        "working": (*memory.moment, "sync buckets"),
     }
     sums = {name: sum(parts.get(part, 0.0) for part in members) for name, members in groups.items()}
     ranks = f"{role.ranks}x{role.devices:g}" if role.name == "rollout" and role.devices != 1 else str(role.ranks)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from rayrlhf.planning.shapes import ModelShape
 
-__all__ = ["DTYPE_BYTES", "LIVE_PARAMETERS", "REDUCE_BUCKET", "Role", "Workload"]
+__all__ = ["DTYPE_BYTES", "LIVE_PARAMETERS", "REDUCE_BUCKET", "Role", "Workload", "fitting_transport"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # DeepSpeed's defaults of reduce_bucket_size and stage3_max_live_parameters, in elements.
 REDUCE_BUCKET = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
+
+
+def fitting_transport(shared: Iterable[Collection[str]]) -> str:
+    """Of GPUs: nccl wants engines on GPUs of their own, ipc the policy on theirs."""
+    return "ipc" if any({"policy", "rollout"} <= set(roles) for roles in shared) else "nccl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,9 @@ class Workload:
     response_spread: float
     """standard deviation of the logarithm of lengths"""
     micro_batch_tokens: int
+    transport: str
+    """of the weights, and the most bytes that travel at once but for a larger tensor"""
+    bucket_bytes: float
     shared: tuple[tuple[str, ...], ...] = ()
     """roles on the same devices, which they hold in turns"""
     text_blocks: float = 0.0
@@ -72,7 +80,6 @@ class Workload:
     max_sequences: int = 256
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.9
-    bucket_bytes: float = 128 * 2**20
     recomputes_old: bool = True
     """the policy scores its responses before the first update"""
     overlap: bool = False

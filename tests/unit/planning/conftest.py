@@ -62,6 +62,8 @@ def workload(shape: ModelShape) -> Callable[..., Workload]:
             "longest_response": 6,
             "response_spread": 0.0,
             "micro_batch_tokens": 20,
+            "transport": "nccl",
+            "bucket_bytes": 4_000,
         }
         return Workload(roles={**made, **(roles or {})}, **{**values, **changes})
 

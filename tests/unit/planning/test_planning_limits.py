@@ -153,11 +153,13 @@ def test_an_engine_takes_its_share_of_a_whole_gpu_however_small_its_own_part(wor
     """vLLM knows nothing of Ray's fractions: 0.9 of a GPU of which it was promised a half."""
     shape = shape_named("meta-llama/Meta-Llama-3-8B", "m")
     half = {"rollout": Role("rollout", shape, 2, 0.5)}
-    plan = make_plan(workload(half, gpu_memory_utilization=0.5), H100, GPU)
+    plan = make_plan(workload(half, gpu_memory_utilization=0.45), H100, GPU)
     assert plan.fits
-    assert plan.memory["rollout"].peak == pytest.approx(0.5 * 79.1 * GIB)
+    engine = plan.memory["rollout"]
+    assert engine.resident + engine.working["prefill"] == pytest.approx(0.45 * 79.1 * GIB)
     (short,) = make_plan(workload(half, gpu_memory_utilization=0.9), H100, GPU).shortfalls
-    assert short.over == pytest.approx(0.4 * 79.1 * GIB)
+    more = sum(engine.publishing.values()) - engine.working["prefill"]
+    assert short.over == pytest.approx(0.4 * 79.1 * GIB + more)
 
 
 def test_sequences_longer_than_the_models_context_are_a_shortfall(workload: Make) -> None:
