@@ -5,7 +5,8 @@
 A case is a role, a size, a ZeRO stage and a number of ranks: policy-125M-z3x2. Each rank is a fresh process with the
 product's own engine (DeepSpeed, gloo, float32). It learns from a minibatch (or scores one), lets go of what it can, and
 does so again; measured is the most resident memory of the second time, less that after the imports. Planned is
-`planning.memory` of the same shape, stage, ranks and micro-batch, without the framework.
+`planning.memory` of the same shape, stage, ranks and micro-batch, without the framework. An engine (rollout-30M-z0x1)
+is in plan_memory_engine.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from common import machine, print_result, print_table
+from plan_memory_engine import measure_engine
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.config.ppo import WeightsConfig
@@ -43,9 +45,15 @@ SHAPES = {
         hidden_size=768, layers=12, heads=12, intermediate_size=2048, vocab_size=50257, context=PROMPT + RESPONSE
     ),
 }
+BUCKET_BYTES = WeightsConfig().bucket_mib * 2**20
 LEARNERS = [f"policy-{size}-z{stage}x{ranks}" for size in SHAPES for stage in (1, 2, 3) for ranks in (1, 2)]
 OTHERS = [
-    f"{role}-{size}-z{stage}x2" for size in SHAPES for role, stage in (("value", 2), ("reference", 0), ("reward", 3))
+    *(
+        f"{role}-{size}-z{stage}x2"
+        for role, stage in (("value", 2), ("reference", 0), ("reward", 3))
+        for size in SHAPES
+    ),
+    *(f"rollout-{size}-z0x1" for size in SHAPES),
 ]
 
 
@@ -58,7 +66,7 @@ class Case:
 
     @classmethod
     def read(cls, text: str) -> Case:
-        found = re.fullmatch(r"(policy|value|reference|reward)-(\w+)-z([0-3])x(\d+)", text)
+        found = re.fullmatch(r"(policy|value|reference|reward|rollout)-(\w+)-z([0-3])x(\d+)", text)
         if not found or found[2] not in SHAPES:
             raise SystemExit(f"{text}: expected ROLE-SIZE-zSTAGExRANKS, as policy-30M-z1x2")
         return cls(found[1], found[2], int(found[3]), int(found[4]))
@@ -114,15 +122,20 @@ def plan(case: Case) -> float:
         response_spread=0.0,
         micro_batch_tokens=ROWS * (PROMPT + RESPONSE),
         transport=WeightsConfig().transport,
-        bucket_bytes=WeightsConfig().bucket_mib * 2**20,
+        bucket_bytes=BUCKET_BYTES,
     )
     memory = rank_memory(role, work, hardware_named("cpu"), assumptions_for("cpu"))
     assume = assumptions_for("cpu")
-    return memory.peak - assume["framework_gib"] * GIB
+    baseline = assume["engine_imports_gib" if case.role == "rollout" else "framework_gib"]
+    # No publish is measured of the others.
+    held = sum(memory.working.values()) if case.role != "rollout" else sum(memory.moment.values())
+    return memory.resident + held - baseline * GIB
 
 
 def measure(case: Case) -> float:
     """Bytes of the largest rank."""
+    if case.role == "rollout":
+        return measure_engine(SHAPES[case.size], PROMPT, RESPONSE, int(BUCKET_BYTES))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +156,6 @@ def measure(case: Case) -> float:
 
 
 def _rank(case: Case, rank: int, port: int, answers: Any) -> None:
-
     from rayrlhf.engines.deepspeed import FrozenModel
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
 

@@ -42,6 +42,8 @@ __all__ = [
 
 GIB = 2**30
 SUB_GROUP = 1_000_000_000
+# Elements that DeepSpeed gathers at once ahead of use (stage3_prefetch_bucket_size); a frozen model has its default.
+PREFETCH_BUCKET = 50_000_000
 # Entries of a chunk of logits in models/logprobs.py.
 CHUNK_ENTRIES = 2**26
 # Prompt tokens that an engine computes together, at least (engines/vllm.py).
@@ -49,6 +51,8 @@ PREFILL_TOKENS = 4096
 # Buckets that a sender writes in turn, and transports that have them on GPUs (weights/transports).
 SEGMENTS = 2
 ON_DEVICE = ("nccl", "ipc")
+# Bytes of freed memory that an engine's process keeps on a CPU (LARGEST_KEPT of engines/vllm_worker.py).
+KEPT = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +136,14 @@ def _receiving(role: Role, work: Workload) -> dict[str, float]:
     if work.gpu:
         bucket = _bucket(shape, work) if work.transport in ON_DEVICE else largest
         return {"bucket": bucket, "waits for its layer": waits}
-    return {"waits for its layer": waits}
+    # What was freed while layers were loaded and packed anew stays with the process (engines/vllm_worker.py).
+    return {"waits for its layer": waits, "freed and kept": min(_engine_weights(shape, work), float(KEPT))}
+
+
+def _engine_weights(shape: ModelShape, work: Workload) -> float:
+    """On a CPU a tied head is packed: a copy beside the table."""
+    packed = shape.head if shape.tied and not work.gpu else 0
+    return float(work.dtype_bytes * (shape.parameters + packed))
 
 
 def _bucket(shape: ModelShape, work: Workload) -> float:
@@ -209,8 +220,8 @@ def _at_work_on_a_cpu(role: Role, work: Workload, assume: Assumptions, share: fl
     scratch = bucket * others  # of gloo's ring
     if stage == 0:
         reducing, stepping = (bucket + scratch) * (ranks > 1), 8.0 * min(role.learned, role.shape.largest_tensor)
-    elif stage == 3:  # the bucket is never let go of; beside it what it is cut and scattered from
-        reducing, stepping = bucket + bucket + bucket / ranks, bucket + 4 * min(share, SUB_GROUP) + 8 * share
+    elif stage == 3:  # the bucket is never let go of; beside it what it is scattered from, and gloo's copy of that
+        reducing, stepping = 3.0 * bucket, bucket + 4 * min(share, SUB_GROUP) + 8 * share
     else:  # the gradients lie in the bucket, and then in a copy of the own part
         reducing, stepping = bucket + scratch + size * share, 4 * share + 8 * share
     moment = max(passes["logits"], reducing, stepping)
@@ -220,19 +231,25 @@ def _at_work_on_a_cpu(role: Role, work: Workload, assume: Assumptions, share: fl
 def _frozen(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     parameters, size = role.shape.parameters, work.dtype_bytes
     working = _passes(role, work, learns=False)
-    if role.zero_stage == 3:
+    if role.zero_stage == 3 and work.gpu:
         working["gathered"] = _gathered(role, work)
+    elif role.zero_stage == 3 and role.ranks > 1:
+        # Nothing is kept for a backward pass: the bucket in use and the next one, which gloo gathers into lists of
+        # its own and from there into one tensor.
+        bucket = min(role.shape.parameters, max(PREFETCH_BUCKET, role.shape.largest_tensor))
+        working["gathered"] = float(size * min(role.shape.parameters, 2 * bucket))
+        working["copies of gloo"] = float(2 * size * bucket)
     weights = {"weights": role.copies * size * parameters / (role.ranks if role.zero_stage == 3 else 1)}
-    framework = assume["framework_gib"] * GIB
+    framework = (assume["framework_gib"] + assume["scorer_gib"]) * GIB
     return RankMemory(weights, {}, working, framework=framework, loading=4.0 * parameters)
 
 
 def _engine(role: Role, work: Workload, hardware: Hardware, assume: Assumptions) -> RankMemory:
     """vLLM takes its share of a GPU whole: the key/value cache gets what weights and a prefill leave of it."""
     size, shards = work.dtype_bytes, max(1.0, role.devices) if work.gpu else 1.0
-    weights = size * role.shape.parameters / shards
+    weights = _engine_weights(role.shape, work) / shards
     prefill = _forward_bytes(role.shape, max(PREFILL_TOKENS, work.longest), size) / shards
-    framework = assume["engine_framework_gib"] * GIB
+    framework = (assume["engine_imports_gib"] + assume["engine_runtime_gib"]) * GIB
     if work.gpu:
         # Of the whole GPU, also where Ray has promised it a part of one.
         cache = max(0.0, work.gpu_memory_utilization * hardware.memory_bytes - weights - prefill - framework)

@@ -185,3 +185,38 @@ def test_zero_3_offloaded_leaves_on_the_host_what_deepspeeds_own_estimator_says(
         )
         assert sum(memory.host.values()) * 8 == pytest.approx(nbytes * shape.parameters) == pytest.approx(host)
         assert sum(memory.weights.values()) + sum(memory.rest.values()) == pytest.approx(gpu)
+
+
+def test_a_frozen_model_under_zero_3_on_a_cpu_holds_two_gathered_buckets_and_gloos_copies_of_one(
+    shape: ModelShape, workload: Make
+) -> None:
+    """Of 500 million float32 parameters two buckets of 50 million, and twice one; of 9,000 all of them, and twice."""
+    large = replace(shape, in_layers=500_000_000 - 1_010)
+    for made, gathered, copies in ((large, 2 * 200_000_000, 2 * 200_000_000), (shape, 36_000, 72_000)):
+        work = workload({"reward": Role("reward", made, 2, zero_stage=3)}, gpu=False, dtype="float32")
+        working = memory_of(work, "reward", "cpu").working
+        assert (working["gathered"], working["copies of gloo"]) == (gathered, copies)
+    alone = workload({"reward": Role("reward", shape, 1, zero_stage=3)}, gpu=False, dtype="float32")
+    assert memory_of(alone, "reward", "cpu").working.keys() == {"activations", "logits"}, "nobody to gather from"
+
+
+def test_a_learner_under_zero_3_on_a_cpu_scatters_from_three_copies_of_the_gradient(
+    shape: ModelShape, workload: Make
+) -> None:
+    """9,000 float32 parameters: the bucket, what it is flattened into, gloo's copy; a step takes 12 bytes each."""
+    policy = Role("policy", shape, 3, learns=True, zero_stage=3)
+    work = workload({"policy": policy}, gpu=False, dtype="float32")
+    assert memory_of(work, "policy", "cpu").working["backward or step"] == 3 * 36_000
+
+
+def test_a_scorer_on_a_cpu_holds_what_its_kernels_take(workload: Make) -> None:
+    memory = memory_of(workload(gpu=False, dtype="float32"), "reference", "cpu")
+    assert memory.framework == pytest.approx((0.5 + 0.015) * GIB)
+
+
+def test_an_engine_on_a_cpu_packs_a_tied_head_and_keeps_what_it_freed(workload: Make) -> None:
+    """4 bytes of 9,000 parameters and of a head of 1,000; as much freed memory; the largest tensor waits."""
+    memory = memory_of(workload(gpu=False, dtype="float32", kv_cache_gib=2.0), "rollout", "cpu")
+    assert memory.weights == {"weights": 40_000, "key/value cache": 2 * GIB}
+    assert memory.publishing == {"waits for its layer": 4_000, "freed and kept": 40_000}
+    assert memory.framework == pytest.approx((0.61 + 0.05) * GIB)
