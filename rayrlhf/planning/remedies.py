@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayrlhf.config import Config, config_from
 from rayrlhf.errors import ConfigError, ResourceError
+from rayrlhf.planning.changes import TRAINING, Change, changes
 from rayrlhf.planning.plan import Plan
-from rayrlhf.planning.search import SETS
 
 __all__ = ["TRAINING", "Remedy", "check_fits", "remedies"]
 
 SHOWN = 3
-TRAINING = ("pretrain", "sft", "reward", "dpo")
+# Keys that are changed together at most, and plans that are made at most: some seconds.
+TOGETHER, TRIES = 3, 400
+Planner = Callable[[Config], Plan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Remedy:
     plan: Plan
 
 
-def check_fits(config: Config, plan: Plan, planned: Callable[[Config], Plan]) -> None:
+def check_fits(config: Config, plan: Plan, planned: Planner) -> None:
     """Raise ResourceError where `plan`, of `config`, does not fit; it names roles, GiB over, and what would help.
 
     Args:
@@ -40,29 +42,72 @@ def check_fits(config: Config, plan: Plan, planned: Callable[[Config], Plan]) ->
     )
 
 
-def remedies(config: Config, plan: Plan, planned: Callable[[Config], Plan]) -> list[Remedy]:
-    """Up to three changes with which it fits: single keys before pairs, and those that cost least time first."""
-    changes = list(_changes(config, plan))
-    found: dict[tuple[str, ...], Remedy] = {}
-    for size in (1, 2):
-        for parts in itertools.combinations(changes, size):
-            keys = tuple(itertools.chain(*parts))
-            names = _names(keys)
-            if len(names) < len(keys) or any(set(known.overrides) < set(keys) for known in found.values()):
-                continue
-            other = _planned_with(config, keys, planned)
-            if other and other.fits and (names not in found or _cost(other) < _cost(found[names].plan)):
-                found[names] = Remedy(keys, other)
+def remedies(config: Config, plan: Plan, planned: Planner) -> list[Remedy]:
+    """Up to three ways to make it fit: single changes before pairs and triples, and of those the cheapest first."""
+    tries = itertools.count()
+
+    def attempt(keys: tuple[str, ...]) -> Plan | None:
+        if next(tries) >= TRIES:
+            return None
+        try:
+            return planned(config_from(config.model_dump(mode="json"), keys, {}))
+        except ConfigError:  # keys that contradict each other, or others
+            return None
+
+    found: dict[frozenset[str], Remedy] = {}
+    possible = changes(config, plan)
+    for size in range(1, TOGETHER + 1):
+        for parts in _combined(possible, size):
+            remedy = _least(parts, attempt)
+            if remedy is None or any(set(known.overrides) < set(remedy.overrides) for known in found.values()):
+                continue  # of the latter fewer changes would do
+            names = frozenset(key.partition("=")[0] for key in remedy.overrides)
+            if names not in found or _cost(remedy.plan) < _cost(found[names].plan):
+                found[names] = remedy
         if len(found) >= SHOWN:
             break
+        if size == 1:
+            possible = [change for change in possible if _helps(plan, attempt(change.steps[-1]))]
     return sorted(found.values(), key=lambda remedy: _cost(remedy.plan))[:SHOWN]
 
 
-def _planned_with(config: Config, keys: tuple[str, ...], planned: Callable[[Config], Plan]) -> Plan | None:
-    try:
-        return planned(config_from(config.model_dump(mode="json"), keys, {}))
-    except ConfigError:  # keys that contradict each other, or others
+def _combined(possible: Sequence[Change], size: int) -> Iterator[tuple[Change, ...]]:
+    """Changes of different keys."""
+    for parts in itertools.combinations(possible, size):
+        if len(frozenset[str]().union(*(part.names for part in parts))) == sum(len(part.names) for part in parts):
+            yield parts
+
+
+def _least(parts: Sequence[Change], attempt: Callable[[tuple[str, ...]], Plan | None]) -> Remedy | None:
+    """With as little of each as still fits: all are changed as far as they go, and then each is taken back."""
+    chosen = [len(part.steps) - 1 for part in parts]
+
+    def made() -> Remedy | None:
+        keys = tuple(itertools.chain(*(part.steps[at] for part, at in zip(parts, chosen, strict=True))))
+        other = attempt(keys)
+        return Remedy(keys, other) if other and other.fits else None
+
+    best = made()
+    if best is None:
         return None
+    for number in range(len(parts)):
+        low, high = 0, chosen[number]
+        while low < high:
+            chosen[number] = (low + high) // 2
+            if remedy := made():
+                best, high = remedy, chosen[number]
+            else:
+                low = chosen[number] + 1
+        chosen[number] = high
+    return best
+
+
+def _helps(before: Plan, after: Plan | None) -> bool:
+    """Whether anything that lacks room lacks less of it, or nothing more."""
+    if after is None:  # alone it contradicts other keys; with others it may not
+        return True
+    left = {short.roles: short.over for short in after.shortfalls}
+    return any(left.get(short.roles, 0.0) < short.over for short in before.shortfalls)
 
 
 def _cost(plan: Plan) -> float:
@@ -73,96 +118,3 @@ def _words(remedy: Remedy, before: Plan) -> str:
     more = _cost(remedy.plan) / _cost(before) - 1
     what = "GPU-seconds" if before.work.gpu else "seconds"
     return f"{' '.join(remedy.overrides)} ({more:+.0%} {what} a step)"
-
-
-def _names(keys: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted({key.partition("=")[0] for key in keys}))
-
-
-def _changes(config: Config, plan: Plan) -> Iterator[tuple[str, ...]]:
-    """Changes that may help the roles that do not fit: a key, or keys that belong together."""
-    roles = {role for shortfall in plan.shortfalls for role in shortfall.roles}
-    single = itertools.chain(_of_learners(config, roles), _of_engines(config, roles), _of_training(config, roles))
-    yield from ((key,) for key in single)
-    if config.model.dtype == "float32":
-        yield ("model.dtype=bfloat16",)
-    if config.cluster.device == "cuda":  # more processes of one machine would take more of its memory
-        yield from _sharded(config, roles)
-        yield from ((key,) for key in _on_fewer(config, plan))
-
-
-def _on_fewer(config: Config, plan: Plan) -> Iterator[str]:
-    """Where there are too few GPUs: a role on a part of its ranks, or several in turns on the same ones."""
-    there = plan.nodes * plan.hardware.per_node
-    counts = {
-        f"cluster.{role}.ranks": getattr(config.cluster, role).ranks for role in plan.work.roles if role != "rollout"
-    }
-    counts["rollout.engines"] = config.rollout.engines
-    if plan.devices > there:
-        yield from (f"{key}={count // parts}" for parts in (2, 4, 8) for key, count in counts.items() if count >= parts)
-        yield from (_shared(sets) for sets in SETS if sets)
-    if plan.work.train is not None and plan.work.train.ranks > there:
-        yield f"cluster.train.ranks={there}"
-
-
-def _shared(sets: Iterable[Sequence[str]]) -> str:
-    named = ", ".join(f"[{', '.join(roles)}]" for roles in sets)
-    return f"cluster.shared=[{named}]"
-
-
-def _sharded(config: Config, roles: set[str]) -> Iterator[tuple[str, ...]]:
-    """Weights and all over so many times the ranks, of every role that does not fit."""
-    for times in (2, 4, 8, 16, 32):
-        keys = [f"cluster.{r}.ranks={getattr(config.cluster, r).ranks * times}" for r in sorted(roles - {"rollout"})]
-        if roles & {"policy", "value"} and config.ppo.zero_stage < 3:
-            keys.append("ppo.zero_stage=3")
-        if roles & {"reference", "reward"} and config.ppo.frozen_zero_stage < 3:
-            keys.append("ppo.frozen_zero_stage=3")
-        if "train" in roles:
-            stages = [stage for stage in TRAINING if stage in config.stages()]
-            keys += [f"{stage}.zero_stage=3" for stage in stages if getattr(config, stage).zero_stage < 3]
-        if keys:
-            yield tuple(keys)
-
-
-def _of_learners(config: Config, roles: set[str]) -> Iterator[str]:
-    if roles & {"policy", "value", "train"}:
-        if not config.deepspeed.activation_checkpointing:
-            yield "deepspeed.activation_checkpointing=true"
-        if config.cluster.device == "cuda" and config.deepspeed.offload_optimizer == "none":
-            yield "deepspeed.offload_optimizer=cpu"
-    if roles & {"policy", "value"}:
-        for stage in range(config.ppo.zero_stage + 1, 4):
-            yield f"ppo.zero_stage={stage}"
-    if roles & {"policy", "value", "reference", "reward"}:
-        longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-        for parts in (2, 4, 8):
-            if (tokens := config.ppo.micro_batch_tokens // parts) >= longest:
-                yield f"ppo.micro_batch_tokens={tokens}"
-    if "policy" in roles and config.ppo.ema is not None:
-        yield "ppo.ema=null"
-    if roles & {"reference", "reward"} and config.ppo.frozen_zero_stage == 0:
-        yield "ppo.frozen_zero_stage=3"
-
-
-def _of_engines(config: Config, roles: set[str]) -> Iterator[str]:
-    rollout = config.rollout
-    if "rollout" not in roles:
-        return
-    if config.cluster.device == "cpu":
-        if rollout.kv_cache_gib > 1:
-            yield f"rollout.kv_cache_gib={rollout.kv_cache_gib // 2}"
-        yield from (f"rollout.kv_cache_gib={rollout.kv_cache_gib * times}" for times in (2, 4, 8))
-        return
-    for times in (2, 4, 8):
-        yield f"rollout.tensor_parallel={rollout.tensor_parallel * times}"
-    for share in (0.3, 0.5, 0.7, 0.9):
-        yield f"rollout.gpu_memory_utilization={share}"
-
-
-def _of_training(config: Config, roles: set[str]) -> Iterator[str]:
-    for stage in TRAINING if "train" in roles else ():
-        if stage in config.stages():
-            section = getattr(config, stage)
-            yield f"{stage}.micro_batch_tokens={section.micro_batch_tokens // 2}"
-            yield from (f"{stage}.zero_stage={zero}" for zero in range(section.zero_stage + 1, 4))

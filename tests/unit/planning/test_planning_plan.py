@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -273,3 +274,51 @@ def test_rewards_from_elsewhere_need_no_reward_model_and_those_of_an_ensemble_se
     one, three = (planned(seven("ppo.reward.kind=ensemble", f"ppo.reward.models={[NAME] * count}")) for count in (1, 3))
     assert three.memory["reward"].weights["weights"] == 3 * one.memory["reward"].weights["weights"]
     assert three.time.by_role["score"]["reward"] == pytest.approx(3 * one.time.by_role["score"]["reward"])
+
+
+def ways(config: Config) -> list[str]:
+    """The overrides that a refusal names."""
+    with pytest.raises(ResourceError) as error:
+        check_fits(config, planned(config), planned)
+    return [line.split(" (")[0].strip() for line in error.value.hint.splitlines()[1:]]
+
+
+def tiny(*overrides: str) -> Config:
+    return load_config(ROOT / "configs/tiny.yaml", overrides, {})
+
+
+def test_a_number_is_lowered_no_further_than_it_must_be() -> None:
+    here = hardware_named("cpu").host_bytes
+    too_much = f"rollout.kv_cache_gib={int(2 * here / GIB)}"
+    (way, *_) = [way for way in ways(tiny(too_much)) if "kv_cache_gib" in way]
+    name, _, value = way.partition("=")
+    assert planned(tiny(way)).fits
+    assert not planned(tiny(f"{name}={int(value) + 1}")).fits
+
+
+def test_micro_batches_alone_are_enough_where_they_are_what_is_too_much() -> None:
+    keys = ("ppo.micro_batch_tokens=2000000", "ppo.batch_size=8192", "ppo.minibatch_size=8192")
+    found = ways(tiny(*keys))
+    assert len(found) == 3
+    assert any(way.startswith("ppo.micro_batch_tokens=") and " " not in way for way in found), found
+    assert all(planned(tiny(*keys, *way.split())).fits for way in found)
+
+
+def test_on_a_cpu_fewer_engines_are_a_way_out() -> None:
+    here = int(hardware_named("cpu").host_bytes / GIB)
+    config = tiny(f"rollout.kv_cache_gib={here // 4}", "rollout.engines=8", "cluster.rollout.threads=1")
+    assert any(way.startswith("rollout.engines=") for way in ways(config))
+
+
+def test_on_gpus_roles_that_fit_make_room_for_others_and_take_turns(seven: Callable[..., Config]) -> None:
+    config = seven("plan.nodes=1", "cluster.policy.ranks=4", "cluster.value.ranks=4")
+    found = ways(config)
+    assert len(found) == 3, found
+    assert any("cluster.shared=" in way for way in found)
+    for way in found:
+        assert planned(seven("plan.nodes=1", "cluster.policy.ranks=4", "cluster.value.ranks=4", *split(way))).fits
+
+
+def split(way: str) -> list[str]:
+    """At the spaces before a key."""
+    return re.split(r" (?=[a-z_]+\.[a-z_.]+=)", way)
