@@ -11,10 +11,17 @@ from typing import Any
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ModelError
+from rayrlhf.planning.defaults import DEFAULTS
 
 __all__ = ["ModelShape", "from_scratch_config", "shape_of"]
 
 Config = Mapping[str, Any]
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "ffn_dim"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "decoder_sparse_step"),
+)
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "n_inner", "word_embed_proj_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +120,28 @@ def shape_of(config: Config, name: str) -> ModelShape:
         raise ModelError(
             f"{name}: the parameters of a {family} model are not known to the plan", f"one of {', '.join(_FAMILIES)}"
         )
+    config = {**DEFAULTS.get(family, {}), **config}
+    _check_sizes(config, name)
     try:
         shape = _FAMILIES[family](config, name)
     except KeyError as missing:
         raise ModelError(f"{name}: the config of a {family} model has no {missing.args[0]}") from None
     architecture = next(iter(config.get("architectures") or [""]))
     return shape.as_scalar() if architecture.endswith("ForSequenceClassification") else shape
+
+
+def _check_sizes(config: Config, name: str) -> None:
+    for key in (*SIZES, *OPTIONAL_SIZES):
+        value = config.get(key, 1)
+        if value is None and key in OPTIONAL_SIZES:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{name}: {key} is {value!r}", "a whole number above 0")
+    if config.get("add_cross_attention"):
+        raise ModelError(
+            f"{name}: add_cross_attention is set: the plan knows decoders that attend to themselves alone",
+            "leave it out",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ModelError
 from rayrlhf.models.build import from_scratch
 from rayrlhf.planning.catalogue import known_models, shape_named
+from rayrlhf.planning.defaults import DEFAULTS
 from rayrlhf.planning.form import lora_parameters
 from rayrlhf.planning.shapes import from_scratch_config, shape_of
 
@@ -150,3 +151,40 @@ def test_what_cannot_be_read_is_named_with_the_nearest_model() -> None:
 def test_adapters_of_rank_16_beside_every_matrix_of_llama_2_7b() -> None:
     """16 x 32 layers x (4 x (4096 + 4096) + 3 x (4096 + 11008)): what PEFT prints for them, 39,976,960."""
     assert lora_parameters(shape_named("meta-llama/Llama-2-7b-hf", ""), 16) == 39_976_960
+
+
+LEFT_OUT = {**SMALL, "num_attention_heads": 32, "hidden_size": 512, "intermediate_size": 200}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_keys_that_a_config_leaves_out_are_what_transformers_takes_for_them(family: str) -> None:
+    config = AutoConfig.for_model(family, **LEFT_OUT)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    counted = shape_of({"model_type": family, **LEFT_OUT}, family)
+    assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    for key, value in DEFAULTS.get(family, {}).items():
+        assert getattr(config, key) == value, key
+
+
+def test_a_decoder_with_cross_attention_is_not_counted_as_one_without() -> None:
+    config = {"model_type": "gpt2", "n_embd": 96, "n_layer": 3, "n_head": 6, "vocab_size": 311, "n_positions": 64}
+    with pytest.raises(ModelError, match="add_cross_attention"):
+        shape_of({**config, "add_cross_attention": True}, "m")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("intermediate_size", None),
+        ("vocab_size", "large"),
+        ("num_key_value_heads", -2),
+        ("num_hidden_layers", True),
+        ("head_dim", 2.5),
+    ],
+)
+def test_a_size_that_is_none_is_named(key: str, value: object) -> None:
+    with pytest.raises(ModelError, match=f"m: {key} is ") as error:
+        shape_of({"model_type": "llama", **LLAMA, key: value}, "m")
+    assert error.value.hint == "a whole number above 0"
