@@ -7,6 +7,7 @@ from dataclasses import replace
 from rayrlhf.config import Config
 from rayrlhf.config.cluster import RankResources
 from rayrlhf.config.deepspeed import zero_stage_in_use
+from rayrlhf.errors import ConfigError
 from rayrlhf.planning.assumptions import Assumptions
 from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
@@ -24,11 +25,11 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
 
     Raises:
         ModelError: a model whose shape cannot be read.
+        ConfigError: a key of DeepSpeed's that is no number.
     """
     config = max(config.arms().values(), key=lambda arm: (arm.ppo.ptx.coef > 0) * arm.ppo.ptx.examples_per_episode)
     ppo, rollout, deepspeed = config.ppo, config.rollout, config.deepspeed
     policy = _policy_shape(config)
-    extra = deepspeed.extra.get("zero_optimization", {})
     longest_prompt, longest_response = config.data.max_prompt_tokens, rollout.max_tokens
     ptx = ppo.ptx.coef > 0
     return Workload(
@@ -54,8 +55,8 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
         offload_optimizer=deepspeed.offload_optimizer == "cpu",
         offload_param=deepspeed.offload_param == "cpu",
         hpz=deepspeed.zero_hpz_partition_size,
-        reduce_bucket=int(extra.get("reduce_bucket_size", REDUCE_BUCKET)),
-        live_parameters=int(extra.get("stage3_max_live_parameters", LIVE_PARAMETERS)),
+        reduce_bucket=_elements(config, "reduce_bucket_size", REDUCE_BUCKET),
+        live_parameters=_elements(config, "stage3_max_live_parameters", LIVE_PARAMETERS),
         max_sequences=rollout.max_sequences,
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
@@ -66,6 +67,17 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
             (getattr(config, stage).micro_batch_tokens for stage in config.stages() if stage in TRAINING), default=0
         ),
     )
+
+
+def _elements(config: Config, key: str, default: int) -> int:
+    """A count in the keys that DeepSpeed gets as they are."""
+    value = config.deepspeed.extra.get("zero_optimization", {}).get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or not float(value).is_integer():
+        raise ConfigError(
+            f"deepspeed.extra.zero_optimization.{key} is {value!r}",
+            f"a whole number of elements, as {default}",
+        )
+    return int(value)
 
 
 def _policy_shape(config: Config) -> ModelShape:

@@ -322,3 +322,11 @@ def test_on_gpus_roles_that_fit_make_room_for_others_and_take_turns(seven: Calla
 def split(way: str) -> list[str]:
     """At the spaces before a key."""
     return re.split(r" (?=[a-z_]+\.[a-z_.]+=)", way)
+
+
+@pytest.mark.parametrize("value", ["auto", "'5e8'", "0", "true", ".inf"])
+def test_a_bucket_of_deepspeeds_that_is_no_number_is_named(value: str) -> None:
+    config = tiny(f"deepspeed.extra={{zero_optimization: {{reduce_bucket_size: {value}}}}}")
+    with pytest.raises(ConfigError, match=r"deepspeed\.extra\.zero_optimization\.reduce_bucket_size is ") as error:
+        planned(config)
+    assert "a whole number of elements, as 500000000" in error.value.hint
