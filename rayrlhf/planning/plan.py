@@ -228,7 +228,8 @@ def _on_the_host(role: str, memory: RankMemory, waits: bool) -> float:
 
 
 def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
-    """All processes share the machine's memory."""
+    """All processes share the machine's memory, or the cluster's."""
+    owner = hardware.device.title.removesuffix(" CPU")
     found = []
     groups = {"the roles": {name: work.roles[name] for name in work.roles}}
     if work.train is not None:
@@ -242,7 +243,7 @@ def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, Rank
                 Shortfall(
                     tuple(sorted(held, key=lambda name: -held[name])),
                     over,
-                    f"{parts}: {sum(held.values()) / GIB:.1f} GiB, {over / GIB:.1f} more than this machine's "
+                    f"{parts}: {sum(held.values()) / GIB:.1f} GiB, {over / GIB:.1f} more than {owner} "
                     f"{hardware.host_bytes / GIB:.1f}",
                 )
             )

@@ -32,6 +32,7 @@ class _GPUs:
     name: str | None
     """in the table; None if it lacks them"""
     per_node: int
+    """0: as many cores as this machine"""
     nodes: int
     host_gib: float
     """of a node; 0: this machine's"""
@@ -48,11 +49,12 @@ def show_and_check(console: Console, config: Config) -> None:
     has_ppo = "ppo" in config.stages()
     if not has_ppo and not set(config.stages()) & set(TRAINING):
         return
+    is_known = True
     try:
         gpus = _at_hand(config)
     except ResourceError as error:  # from where the plan is made the cluster may be out of reach
         console.print(f"not checked against the cluster: {error.message}", highlight=False, markup=False)
-        gpus = None
+        gpus, is_known = None, config.cluster.device == "cuda"  # of a CPU this machine says nothing of the cluster's
     planned = partial(_planned, gpus=gpus)
     try:
         plan = planned(config)
@@ -61,10 +63,8 @@ def show_and_check(console: Console, config: Config) -> None:
         return
     (show_plan if has_ppo else show_training)(console, plan)
     console.print("what this rests on: `rayrlhf plan` with the same config", highlight=False)
-    if config.cluster.device == "cpu" and config.cluster.address is not None:
-        console.print("the memory of the cluster's nodes is not known here: not checked", highlight=False)
-        return
-    check_fits(config, plan, planned)
+    if is_known:
+        check_fits(config, plan, planned)
 
 
 def _planned(config: Config, gpus: _GPUs | None) -> Plan:
@@ -80,17 +80,16 @@ def _planned(config: Config, gpus: _GPUs | None) -> Plan:
 
 
 def _at_hand(config: Config) -> _GPUs | None:
-    """The cluster's GPUs, or this machine's; None where there are none, or the run is not for GPUs.
+    """The cluster's GPUs, or this machine's; of a run without GPUs the cluster's memory. None: what this machine has.
 
     Raises:
         ResourceError: the cluster does not answer, or its GPUs are not all of one kind.
     """
-    if config.cluster.device == "cpu":
-        return None
     address = config.cluster.address or (os.environ.get("RAY_ADDRESS") if JOB_VARIABLE in os.environ else None)
     if address is not None:
-        return _of_cluster(nodes_of(address))
-    if not torch.cuda.is_available():
+        nodes = nodes_of(address)
+        return _of_cluster(nodes) if config.cluster.device == "cuda" else _memory_of_cluster(nodes)
+    if config.cluster.device == "cpu" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
     memory_gib = properties.total_memory / GIB
@@ -108,6 +107,14 @@ def _of_cluster(nodes: list[NodeResources]) -> _GPUs:
     if name is None:
         raise ResourceError(f"its GPUs are {kind or 'of unknown kind'}, which the table lacks", "set plan.hardware")
     return _GPUs(f"{kind} of the cluster", name, count, len(with_gpus), min(node.host_gib for node in with_gpus))
+
+
+def _memory_of_cluster(nodes: list[NodeResources]) -> _GPUs:
+    """All nodes' together: where each process will sit, Ray decides."""
+    together = sum(node.host_gib for node in nodes)
+    if together == 0:
+        raise ResourceError("its nodes do not say how much memory they have")
+    return _GPUs("the cluster's CPU", "cpu", 0, 1, together)
 
 
 def _known(title: str, memory_gib: float) -> str | None:

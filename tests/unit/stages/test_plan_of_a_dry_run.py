@@ -139,3 +139,31 @@ def test_a_cluster_that_cannot_be_judged_is_said_and_the_plan_shown_all_the_same
     assert "not checked against the cluster: " in text
     assert why in text
     assert "GPU-hours" in text
+
+
+def on_cpus(*overrides: str) -> Config:
+    tree = {
+        "model": {"path": "facebook/opt-1.3b"},
+        "data": {"prompts": ["p"], "max_prompt_tokens": 64},
+        "run": {"stages": ["ppo"]},
+        "cluster": {"device": "cpu", "address": "10.0.0.1:6379"},
+        "rollout": {"max_tokens": 64},
+    }
+    return config_from(tree, overrides, {})
+
+
+def test_without_gpus_the_memory_of_all_the_clusters_nodes_is_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients and Adam of two learners alone are 16 bytes of 1.3 billion parameters each: 39 GiB."""
+    on_cluster(monkeypatch, NodeResources(0, None, 20.0), NodeResources(0, None, 20.0))
+    with pytest.raises(ResourceError, match=r"more than the cluster's 40\.0"):
+        shown(on_cpus())
+    on_cluster(monkeypatch, *[NodeResources(0, None, 100.0)] * 2)
+    assert "ppo alone" in shown(on_cpus())
+
+
+def test_a_cluster_without_gpus_that_does_not_answer_is_not_judged_by_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_cluster(monkeypatch)
+    text = shown(on_cpus("model.path=facebook/opt-13b"))
+    assert "not checked against the cluster: cluster.address 10.0.0.1:6379: no Ray cluster answers" in text
