@@ -15,7 +15,7 @@ __all__ = ["TRAINING", "Remedy", "check_fits", "remedies"]
 
 SHOWN = 3
 # Keys that are changed together at most, and plans that are made at most: some seconds.
-TOGETHER, TRIES = 3, 400
+TOGETHER, TRIES = 3, 600
 Planner = Callable[[Config], Plan]
 
 
@@ -54,7 +54,7 @@ def remedies(config: Config, plan: Plan, planned: Planner) -> list[Remedy]:
         except ConfigError:  # keys that contradict each other, or others
             return None
 
-    found: dict[frozenset[str], Remedy] = {}
+    found, spare = dict[frozenset[str], Remedy](), list[Remedy]()
     possible = changes(config, plan)
     for size in range(1, TOGETHER + 1):
         for parts in _combined(possible, size):
@@ -62,13 +62,21 @@ def remedies(config: Config, plan: Plan, planned: Planner) -> list[Remedy]:
             if remedy is None or any(set(known.overrides) < set(remedy.overrides) for known in found.values()):
                 continue  # of the latter fewer changes would do
             names = frozenset(key.partition("=")[0] for key in remedy.overrides)
-            if names not in found or _cost(remedy.plan) < _cost(found[names].plan):
-                found[names] = remedy
+            if names in found:  # the dearer one is shown where there are too few of other keys
+                remedy, dearer = sorted((remedy, found[names]), key=lambda either: _cost(either.plan))
+                spare.append(dearer)
+            found[names] = remedy
         if len(found) >= SHOWN:
             break
         if size == 1:
-            possible = [change for change in possible if _helps(plan, attempt(change.steps[-1]))]
-    return sorted(found.values(), key=lambda remedy: _cost(remedy.plan))[:SHOWN]
+            # What alone leaves least is tried with others first: tries may run out.
+            left = {change: _left(plan, attempt(change.steps[-1])) for change in possible}
+            possible = sorted(
+                (change for change in possible if left[change] < len(plan.shortfalls)), key=lambda change: left[change]
+            )
+    first = sorted(found.values(), key=lambda remedy: _cost(remedy.plan))[:SHOWN]
+    more = sorted(spare, key=lambda remedy: _cost(remedy.plan))[: SHOWN - len(first)]
+    return sorted([*first, *more], key=lambda remedy: _cost(remedy.plan))
 
 
 def _combined(possible: Sequence[Change], size: int) -> Iterator[tuple[Change, ...]]:
@@ -102,12 +110,12 @@ def _least(parts: Sequence[Change], attempt: Callable[[tuple[str, ...]], Plan | 
     return best
 
 
-def _helps(before: Plan, after: Plan | None) -> bool:
-    """Whether anything that lacks room lacks less of it, or nothing more."""
+def _left(before: Plan, after: Plan | None) -> float:
+    """What still lacks room: of each of the shortfalls the share, at most 1."""
     if after is None:  # alone it contradicts other keys; with others it may not
-        return True
+        return len(before.shortfalls) - 0.5
     left = {short.roles: short.over for short in after.shortfalls}
-    return any(left.get(short.roles, 0.0) < short.over for short in before.shortfalls)
+    return sum(min(1.0, left.get(short.roles, 0.0) / short.over) for short in before.shortfalls)
 
 
 def _cost(plan: Plan) -> float:
