@@ -180,16 +180,14 @@ def plan(
 ) -> None:
     """What a PPO run needs and how long it takes, before anything starts: from the config (or a form such as
     configs/planning/workload.yaml) and the models' shapes alone. Exit code 0 if it fits, 1 if it does not."""
-    from rayrlhf.planning.command import numbers, plan_asked, print_plans, read_asked
+    from rayrlhf.planning.command import numbers, plan_and_print, read_asked
 
     if measure:
         from rayrlhf.launch.calibrate import measure_this_machine
 
         hardware = str(measure_this_machine(load_config(config, overrides or ()), hardware))
     asked = read_asked(config, overrides or (), hardware, nodes, numbers(assume or ()))
-    plans = plan_asked(asked, look)
-    print_plans(Console(), plans, as_json, searched=look or not asked.is_placed)
-    raise typer.Exit(0 if plans[0].fits else 1)
+    raise typer.Exit(0 if plan_and_print(asked, look, as_json) else 1)
 
 
 @app.command()

@@ -14,13 +14,13 @@ from rayrlhf.errors import ConfigError, ResourceError
 from rayrlhf.planning.assumptions import Assumptions, assumptions_for
 from rayrlhf.planning.form import is_form, read_form, workload_of_form
 from rayrlhf.planning.hardware import Hardware, hardware_named
-from rayrlhf.planning.plan import Plan, make_plan
+from rayrlhf.planning.plan import Plan, make_plan, too_long
 from rayrlhf.planning.reading import workload_of
 from rayrlhf.planning.search import overrides_of, search, smallest
 from rayrlhf.planning.show import show_assumptions, show_placements, show_plan
 from rayrlhf.planning.workload import Workload
 
-__all__ = ["Asked", "asked_of", "numbers", "plan_asked", "print_plans", "read_asked"]
+__all__ = ["Asked", "asked_of", "numbers", "plan_and_print", "plan_asked", "print_plans", "read_asked"]
 
 FALLBACK = {"cuda": "h100-80g", "cpu": "cpu"}
 
@@ -52,7 +52,10 @@ def read_asked(
     form = read_form(path)
     device = hardware_named(hardware or form.hardware)
     if not device.is_gpu:
-        raise ConfigError(f"{path}: a form is planned on GPUs, {device.name} is none", "take another --hardware")
+        raise ConfigError(
+            f"{path}: a form's placement is one of GPUs, and {device.name} is none",
+            "take another --hardware, or plan a config with cluster.device: cpu",
+        )
     known = _assumptions(device, {f"{path}: assumptions": form.assumptions, "--assume": assume})
     return Asked(workload_of_form(form), device, known, nodes or form.nodes, form.placement is not None)
 
@@ -84,27 +87,55 @@ def plan_asked(asked: Asked, look: bool) -> list[Plan]:
         found = search(asked.work, asked.hardware, asked.assume, asked.nodes)
     if not found:
         there = f"{asked.nodes} nodes of {asked.hardware.per_node}" if asked.nodes else "512"
+        if long := too_long(asked.work):
+            raise ResourceError(f"no placement fits: {long[0].message}", "shorter prompts or responses, another model")
         raise ResourceError(
             f"no placement fits on {there} {asked.hardware.device.title}", "take more --nodes, or other --hardware"
         )
     return found
 
 
-def print_plans(console: Console, plans: Sequence[Plan], as_json: bool, searched: bool) -> None:
-    """The first of `plans` in full, of the others a line each."""
+def print_plans(console: Console, plans: Sequence[Plan], as_json: bool, asked: Asked | None) -> None:
+    """The first of `plans` in full, of the others a line each.
+
+    Args:
+        asked: what they were searched for; None: nobody searched.
+    """
     best = plans[0]
+    own = make_plan(asked.work, asked.hardware, asked.assume, asked.nodes) if asked and asked.is_placed else None
     if as_json:
         tree = best.as_json()
-        if searched:
+        if asked:
             tree["placements"] = [_placement(plan) for plan in plans]
-        console.print(json.dumps(tree), highlight=False, markup=False, emoji=False, soft_wrap=True)
+        if own:
+            tree["configured"] = {"fits": own.fits, **_placement(own)}
+        _print_json(console, tree)
         return
     show_assumptions(console, best)
-    if searched:
-        show_placements(console, plans)
+    if asked:
+        show_placements(console, plans, own)
     show_plan(console, best)
-    if searched:
+    if asked:
         console.print("as keys of the config:", *overrides_of(best), sep="\n  ", highlight=False, markup=False)
+
+
+def plan_and_print(asked: Asked, look: bool, as_json: bool) -> bool:
+    """Whether it fits, or anything was found that does."""
+    try:
+        plans = plan_asked(asked, look)
+    except ResourceError as error:
+        shortfalls: list[dict[str, object]] = [{"roles": [], "over": None, "message": error.message}]
+        if as_json:
+            _print_json(Console(), {"fits": False, "shortfalls": shortfalls, "placements": []})
+        else:
+            Console(stderr=True).print(str(error), highlight=False, markup=False, soft_wrap=True)
+        return False
+    print_plans(Console(), plans, as_json, asked if look or not asked.is_placed else None)
+    return plans[0].fits
+
+
+def _print_json(console: Console, tree: Mapping[str, object]) -> None:
+    console.print(json.dumps(tree), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _placement(plan: Plan) -> dict[str, object]:

@@ -13,7 +13,7 @@ from rayrlhf.planning.memory import RankMemory, beyond_engine, kv_bytes_per_toke
 from rayrlhf.planning.time import StepTime, step_time
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["Plan", "Shortfall", "make_plan"]
+__all__ = ["Plan", "Shortfall", "make_plan", "too_long"]
 
 # Of the host's memory, a process with its libraries.
 PROCESS_BYTES = GIB
@@ -101,13 +101,13 @@ def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: in
         memory["train"] = rank_memory(work.train, work, hardware, assume)
     needed = max(1, math.ceil(max(work.devices(), _trained_on(work)) / hardware.per_node - 1e-9)) if work.gpu else 1
     found = nodes or needed
-    shortfalls = [*_too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
+    shortfalls = [*too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
     time = step_time(work, hardware, assume, memory)
     warnings = tuple(_warnings(work, hardware, memory, time))
     return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
 
 
-def _too_long(work: Workload) -> list[Shortfall]:
+def too_long(work: Workload) -> list[Shortfall]:
     shape = work.roles["policy"].shape
     over = work.longest - (shape.context or work.longest)
     if over <= 0:

@@ -111,7 +111,10 @@ def _candidates(
 ) -> Iterator[tuple[Workload, float]]:
     """Placements whose roles each fit, with their seconds as far as they are known without planning the whole."""
     if not hardware.is_gpu:
-        raise ConfigError(f"--search places roles on GPUs, and {hardware.name} is none", "take another --hardware")
+        raise ConfigError(
+            f"--search places roles on GPUs, and {hardware.name} is none: roles of a CPU share its cores and memory",
+            "leave --search out, or take another --hardware",
+        )
     engines = _Engines(hardware, assume, budget)
     least = max(work.longest, work.text_tokens)
     budgets = sorted({max(least, tokens) for tokens in (2048, 4096, 8192, 16384)})

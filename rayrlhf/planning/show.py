@@ -58,14 +58,18 @@ def show_assumptions(console: Console, plan: Plan) -> None:
     console.print(table)
 
 
-def show_placements(console: Console, plans: Sequence[Plan]) -> None:
-    """The fastest first; whoever is slower takes fewer GPUs."""
+def show_placements(console: Console, plans: Sequence[Plan], own: Plan | None) -> None:
+    """The fastest first; whoever is slower takes fewer GPUs. Last, and apart, the config's `own`."""
     table = Table(title="placements that fit", title_justify="left")
     for column in ("GPUs", "s a step", "days", "GPU-hours"):
         table.add_column(column, justify="right")
     for column in ("ranks (ZeRO)", "on shared GPUs"):
         table.add_column(column)
-    for plan in plans:
+    table.columns[0].no_wrap = True
+    for plan in [*plans, *([own] if own else [])]:
+        if plan is own:
+            table.add_section()
+            table.add_row("", "", "", "", "the config's own" + ("" if own.fits else ", which does not fit"), "")
         ranks = ", ".join(_ranks(role) for role in plan.work.roles.values())
         sets = " | ".join(", ".join(roles) for roles in plan.work.shared)
         days = f"{plan.seconds / 86400:.2g}"

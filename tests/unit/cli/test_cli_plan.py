@@ -93,3 +93,38 @@ def test_a_dry_run_prints_the_plan_and_refuses_what_cannot_fit(
     message = capsys.readouterr().err
     assert "ResourceError: this does not fit: policy: 362.8 GiB a GPU, 287.6 more than the 75.1 usable" in message
     assert message.count("GPU-seconds a step") == 3
+
+
+def test_a_search_that_finds_nothing_ends_with_1_in_json_too() -> None:
+    arguments = ("configs/instructgpt/175b.yaml", "--search", "--nodes", "1")
+    found = plan(*arguments, "--json")
+    assert found.returncode == 1, found.stderr
+    tree = json.loads(found.stdout)
+    assert (tree["fits"], tree["placements"]) == (False, [])
+    assert tree["shortfalls"][0]["message"].startswith("no placement fits on 1 nodes of 8")
+    told = plan(*arguments)
+    assert told.returncode == 1
+    assert "no placement fits on 1 nodes of 8" in told.stderr
+
+
+def test_sequences_beyond_the_models_context_are_named_and_not_cured_by_nodes() -> None:
+    found = plan("configs/instructgpt/6b.yaml", "rollout.max_tokens=4096", "--search", "--json")
+    (short,) = json.loads(found.stdout)["shortfalls"]
+    assert "tokens of prompt and response" in short["message"]
+    told = plan("configs/instructgpt/6b.yaml", "rollout.max_tokens=4096", "--search")
+    assert "--nodes" not in told.stderr
+
+
+def test_a_search_shows_the_configs_own_placement_beside_those_it_finds() -> None:
+    done = plan("configs/instructgpt/175b.yaml", "--search", "--json")
+    found = json.loads(done.stdout)
+    assert found["configured"]["gpus"] == 400
+    assert "cluster.value.ranks=8" in found["configured"]["overrides"]
+    assert "the config's own" in plan("configs/instructgpt/175b.yaml", "--search").stdout
+
+
+def test_why_nothing_is_placed_on_a_cpu_is_said() -> None:
+    told = plan("configs/tiny.yaml", "--search")
+    assert "roles of a CPU share its cores and memory" in " ".join(told.stderr.split())
+    told = plan("configs/planning/workload.yaml", "--hardware", "cpu")
+    assert "a form's placement is one of GPUs" in " ".join(told.stderr.split())
