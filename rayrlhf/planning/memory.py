@@ -1,12 +1,13 @@
 """Bytes of a rank of each role, by what holds them.
 
-A learner under DeepSpeed 0.19 (P parameters, N ranks, b bytes of the model's dtype, 4 of float32):
+A learner under DeepSpeed 0.19 (P parameters, N ranks, b bytes of the model's dtype, g of the one that gradients add up
+in, 4 of float32):
 
     stage        weights   gradients   float32 weights   Adam     step
     0 (float32)  4P        4P          -                 8P       -
     1            bP        bP          4P/N              8P/N     4P/N   a float32 copy of the own gradient
-    2            bP        bP/N        4P/N              8P/N     4P/N
-    3            bP/N      bP/N        4P/N              8P/N     4P/N   of at most sub_group_size (10^9) elements
+    2            bP        gP/N        4P/N              8P/N     4P/N
+    3            bP/N      gP/N        4P/N              8P/N     4P/N   of at most sub_group_size (10^9) elements
 
     Rajbhandari et al. 2020 (arXiv 1910.02054), section 3.1, with what DeepSpeed keeps beside: buckets to reduce in, and
     at stage 3 up to stage3_max_live_parameters gathered.
@@ -172,7 +173,7 @@ def _learner(role: Role, work: Workload, assume: Assumptions) -> RankMemory:
     rest, host = dict[str, float](), dict[str, float]()
     share = learned / (ranks if stage else 1)
     if stage < 2 or not work.offload_optimizer:  # else they leave for the host bucket by bucket
-        rest["gradients"] = size * (learned if stage < 2 else share)
+        rest["gradients"] = work.gradient_bytes * (learned if stage < 2 else share)
     optimizer = {"float32 weights": 4 * share if stage else 0.0, "optimizer": 8 * share}
     if role.average:
         rest["average"] = 4 * parameters / (ranks if stage == 3 else 1)
@@ -223,7 +224,7 @@ def _at_work_on_a_cpu(role: Role, work: Workload, assume: Assumptions, share: fl
     elif stage == 3:  # the bucket is never let go of; beside it what it is scattered from, and gloo's copy of that
         reducing, stepping = 3.0 * bucket, bucket + 4 * min(share, SUB_GROUP) + 8 * share
     else:  # the gradients lie in the bucket, and then in a copy of the own part
-        reducing, stepping = bucket + scratch + size * share, 4 * share + 8 * share
+        reducing, stepping = bucket + scratch + work.gradient_bytes * share, 4 * share + 8 * share
     moment = max(passes["logits"], reducing, stepping)
     return {"activations": passes["activations"] * assume["retained"], "backward or step": moment}
 

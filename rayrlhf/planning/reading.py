@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from rayrlhf.config import Config
 from rayrlhf.config.cluster import RankResources
@@ -55,6 +56,7 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
         offload_optimizer=deepspeed.offload_optimizer == "cpu",
         offload_param=deepspeed.offload_param == "cpu",
         hpz=deepspeed.zero_hpz_partition_size,
+        gradient_dtype=_gradient_dtype(config),
         reduce_bucket=_elements(config, "reduce_bucket_size", REDUCE_BUCKET),
         live_parameters=_elements(config, "stage3_max_live_parameters", LIVE_PARAMETERS),
         max_sequences=rollout.max_sequences,
@@ -67,6 +69,13 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
             (getattr(config, stage).micro_batch_tokens for stage in config.stages() if stage in TRAINING), default=0
         ),
     )
+
+
+def _gradient_dtype(config: Config) -> Literal["float32", "bfloat16"]:
+    """float32, unless DeepSpeed is told otherwise in the keys that it gets as they are."""
+    types = config.deepspeed.extra.get("data_types", {})
+    told = types.get("grad_accum_dtype") if isinstance(types, dict) else None
+    return "bfloat16" if told in ("bf16", "bfloat16") else "float32"
 
 
 def _elements(config: Config, key: str, default: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from rayrlhf.planning.shapes import ModelShape
 
@@ -88,9 +89,16 @@ class Workload:
     """the workers of the supervised stages: the largest of them"""
     train_micro_batch_tokens: int = 0
 
+    gradient_dtype: Literal["float32", "bfloat16"] | None = None
+    """that gradients add up in; None: the model's"""
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def gradient_bytes(self) -> int:
+        return DTYPE_BYTES[self.gradient_dtype or self.dtype]
 
     @property
     def sequence_tokens(self) -> float:

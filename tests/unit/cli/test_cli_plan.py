@@ -91,7 +91,7 @@ def test_a_dry_run_prints_the_plan_and_refuses_what_cannot_fit(
         cli.main()
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert "ResourceError: this does not fit: policy: 362.8 GiB a GPU, 287.6 more than the 75.1 usable" in message
+    assert "ResourceError: this does not fit: policy: 398.8 GiB a GPU, 323.7 more than the 75.1 usable" in message
     assert message.count("GPU-seconds a step") == 3
 
 

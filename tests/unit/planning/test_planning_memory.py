@@ -45,6 +45,12 @@ def test_a_zero_stage_shards_what_it_says(
     assert memory.rest == {"gradients": gradients, "float32 weights": master, "optimizer": optimizer}
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_add_up_in_float32_take_twice_as_much(stage: int, shape: ModelShape, workload: Make) -> None:
+    learner = {"policy": Role("policy", shape, 3, learns=True, zero_stage=stage)}
+    assert memory_of(workload(learner, gradient_dtype="float32"), "policy").rest["gradients"] == 4 * 3_000
+
+
 def test_without_zero_float32_needs_sixteen_bytes_a_parameter(shape: ModelShape, workload: Make) -> None:
     work = workload({"policy": Role("policy", shape, 1, learns=True, average=True)}, dtype="float32")
     memory = memory_of(work, "policy")

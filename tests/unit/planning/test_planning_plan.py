@@ -62,6 +62,12 @@ def test_a_config_that_fits_has_no_shortfall(seven: Callable[..., Config]) -> No
     assert plan.gpu_hours == pytest.approx(19 * plan.time.seconds * 100 / 3600)
 
 
+def test_gradients_add_up_in_float32_unless_deepspeed_is_told_otherwise(seven: Callable[..., Config]) -> None:
+    told = "deepspeed.extra={data_types: {grad_accum_dtype: bf16}}"
+    found = [planned(seven(*keys)).memory["policy"].rest["gradients"] for keys in ((), (told,))]
+    assert found == [4 * 6_738_415_616 / 8, 2 * 6_738_415_616 / 8]
+
+
 def test_what_does_not_fit_is_named_with_what_is_missing(seven: Callable[..., Config]) -> None:
     """Whole weights and gradients, 2 bytes each, and 12 of Adam's on one GPU: 16 x 6.7 GiB and what work takes."""
     plan = planned(seven("cluster.policy.ranks=1", "ppo.zero_stage=2"))
