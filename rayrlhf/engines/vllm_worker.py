@@ -97,7 +97,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     @property
     def missing(self) -> list[str]:
         """Parameters the engine holds that this update has not reached."""
-        return sorted(self._held - self._loaded)
+        return sorted((self._held - self._loaded) | self._reload.incomplete)
 
     def shutdown(self) -> None:
         if hasattr(self, "_receiver"):

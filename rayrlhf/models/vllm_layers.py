@@ -61,6 +61,12 @@ class LayerwiseReload:
     def finish(self) -> None:
         finalize_layerwise_reload(self._model, self._config)
 
+    @property
+    def incomplete(self) -> set[str]:
+        """Parameters of layers that did not get all of their weights, where they are known by layer: a head that is
+        tied, and packed apart from the embedding, stays as it was unless its own name comes."""
+        return set()
+
 
 class _PlainReload(LayerwiseReload):
     def __init__(self, model: nn.Module, config: Any, layers: list[nn.Module]) -> None:
@@ -68,6 +74,8 @@ class _PlainReload(LayerwiseReload):
         _keep_freed_memory()
         self._filled: set[tuple[int, int]] = set()
         self._layers = [_PlainLayer(layer, self._filled) for layer in layers]
+        names = {id(layer): name for name, layer in model.named_modules(remove_duplicate=False)}
+        self._names = [names[id(layer)] for layer in layers]
         self._attention: list[Any] = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
 
     def begin(self) -> None:
@@ -85,6 +93,11 @@ class _PlainReload(LayerwiseReload):
             layer.finish()
         for attention in self._attention:
             attention.process_weights_after_loading(self._config.dtype)
+
+    @property
+    def incomplete(self) -> set[str]:
+        layers = zip(self._names, self._layers, strict=True)
+        return {f"{name}.{parameter}" for name, layer in layers if not layer.whole for parameter in layer.parameters}
 
 
 class _PlainLayer:
@@ -108,6 +121,16 @@ class _PlainLayer:
             padded = isinstance(layer, VocabParallelEmbedding)  # by rows that do not come
             self._total += (stand_in[: layer.shard_indices.num_org_elements] if padded else stand_in).numel()
         self._counts: dict[Any, int] = {}
+        self._came = 0
+
+    @property
+    def whole(self) -> bool:
+        """All of its weights have come since the update began."""
+        return self._came >= self._total
+
+    @property
+    def parameters(self) -> list[str]:
+        return list(self._used)
 
     def begin(self) -> None:
         self.waiting, self._came = [], 0
@@ -124,7 +147,7 @@ class _PlainLayer:
                 )
             self.waiting.append((name, tensor, rest, named))
             self._came += self._counts[key]
-            if self._came >= self._total:
+            if self.whole:
                 self.finish()
 
         return note
