@@ -64,8 +64,9 @@ class Workload:
     """standard deviation of the logarithm of lengths"""
     micro_batch_tokens: int
     transport: str
-    """of the weights, and the most bytes that travel at once but for a larger tensor"""
+    """of the weights"""
     bucket_bytes: float
+    """the most that travel at once, but for a larger tensor"""
     shared: tuple[tuple[str, ...], ...] = ()
     """roles on the same devices, which they hold in turns"""
     text_blocks: float = 0.0
@@ -88,7 +89,6 @@ class Workload:
     train: Role | None = None
     """the workers of the supervised stages: the largest of them"""
     train_micro_batch_tokens: int = 0
-
     gradient_dtype: Literal["float32", "bfloat16"] | None = None
     """that gradients add up in; None: the model's"""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.learners import learner_settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -26,27 +27,14 @@ class Linear(nn.Module):
 
 
 def work(rank: int, world: int, port: int, folder: str) -> None:
-    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+    from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
 
     join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, two thirds of the time goes there
     norms = {}
     for stage in range(4):
-        settings = LearnerSettings(
-            zero_stage=stage,
-            dtype="bfloat16",
-            device="cpu",
-            learning_rate=1e-3,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.0,
-            grad_clip=0.0,
-            max_loss=1e9,
-            failed_folder="failed",
-            role="test",
-        )
-        learner = Learner(Linear(), settings)
+        learner = Learner(Linear(), learner_settings(stage, dtype="bfloat16", grad_clip=0.0))
         batches = [torch.ones(1, WIDTH, dtype=torch.bfloat16)] * MICRO_BATCHES
         found = learner.train_step(
             lambda module, batch: module(batch).float().sum() / MICRO_BATCHES, batches, batches[0], 1e-3

@@ -24,6 +24,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import PolicyModel, from_scratch
 from rayrlhf.types import Experience, Rollout, RolloutInfo
+from tests.learners import learner_settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -60,18 +61,12 @@ def experiences() -> list[Experience]:
 
 
 def new_learner(module: nn.Module, stage: int, folder: str, case: str, max_loss: float = 1e4) -> Any:
-    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+    from rayrlhf.engines.deepspeed import Learner
 
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, two thirds of the time goes there
-    settings = LearnerSettings(
-        zero_stage=stage,
-        dtype="float32",
-        device="cpu",
-        learning_rate=1e-3,
-        betas=(0.9, 0.95),
+    settings = learner_settings(
+        stage,
         eps=1e-5,
-        weight_decay=0.0,
-        grad_clip=1.0,
         max_loss=max_loss,
         failed_folder=folder,
         role=f"{case}-{stage}",

@@ -16,6 +16,7 @@ from rayrlhf.data.batching import Cutting
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.probe import ProbeRow
+from tests.learners import learner_settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -38,21 +39,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, two thirds of the time goes there
 
     def learner(seed: int) -> engine.Learner:
-        settings = engine.LearnerSettings(
-            zero_stage=3,
-            dtype="float32",
-            device="cpu",
-            learning_rate=1e-2,
-            betas=(0.9, 0.95),
-            eps=1e-4,
-            weight_decay=0.0,
-            grad_clip=1.0,
-            max_loss=1e4,
-            failed_folder="failed",
-            role="test",
-            average=0.5,
-            deepspeed=SECTION.keys(),
-        )
+        settings = learner_settings(3, learning_rate=1e-2, eps=1e-4, average=0.5, deepspeed=SECTION.keys())
         spec = FromScratch(vocab_size=300, hidden_size=32, layers=1, heads=2, context=64)
         return engine.Learner(from_scratch(spec, 64, 0, 1, seed=seed), settings)
 

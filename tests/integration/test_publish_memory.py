@@ -18,6 +18,7 @@ import pytest
 from rayrlhf.config.model import FromScratch
 from rayrlhf.data.batching import Cutting
 from rayrlhf.models.build import from_scratch
+from tests.learners import learner_settings
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.integration
@@ -39,7 +40,7 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     import deepspeed
 
     from rayrlhf.actors.models import ModelSettings, PolicyActor
-    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+    from rayrlhf.engines.deepspeed import Learner
     from rayrlhf.engines.distributed import Rendezvous, join_process_group
     from rayrlhf.weights.transports import create_sender
 
@@ -48,17 +49,8 @@ def work(rank: int, world: int, port: int, folder: str) -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
     join_process_group(Rendezvous(rank, world, "127.0.0.1", port, "cpu", 1, deterministic=True))
     gc.freeze()  # ZeRO-3 collects garbage when it starts: without this, most of the time goes there
-    learner = LearnerSettings(
-        zero_stage=3,
-        dtype="float32",
-        device="cpu",
-        learning_rate=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        grad_clip=1.0,
-        max_loss=1e4,
-        failed_folder="failed",
+    learner = learner_settings(
+        3,
         role="policy",
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}},  # else small ones stay whole
     )

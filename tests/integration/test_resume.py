@@ -22,6 +22,7 @@ from rayrlhf.models.build import from_scratch
 from rayrlhf.weights.publish import PUBLISH_PARTS
 from tests.faults import end_session
 from tests.integration.conftest import COMMAND, ROOT, FinishedRun, rayrlhf
+from tests.learners import learner_settings
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -33,21 +34,13 @@ LEARNERS = [(0, "float32"), (1, "float32"), (2, "float32"), (3, "float32"), (2, 
 
 
 def new_learner(stage: int, dtype: str, seed: int) -> Any:
-    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+    from rayrlhf.engines.deepspeed import Learner
 
     spec = FromScratch(vocab_size=300, hidden_size=32, layers=2, heads=2, context=64)
-    settings = LearnerSettings(
-        zero_stage=stage,
+    settings = learner_settings(
+        stage,
         dtype=dtype,
-        device="cpu",
-        learning_rate=1e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
         weight_decay=0.1,
-        grad_clip=1.0,
-        max_loss=1e4,
-        failed_folder="failed",
-        role="test",
         average=0.9,
         # All parameters are small enough that ZeRO-3 would leave them whole; so only the norms' are. A key of ZeRO's
         # own also keeps the stage.

@@ -79,7 +79,8 @@ def test_a_folder_whose_holder_was_killed_is_free_at_once(tmp_path: Path) -> Non
         other.send_signal(signal.SIGKILL)
         other.wait()
         with owned(tmp_path / "demo", print):
-            refused(tmp_path / "demo")
+            owner = json.loads((tmp_path / ".demo.lock").read_text())
+            assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
 
 
 def test_what_is_given_back_leaves_nothing_and_can_be_had_again(tmp_path: Path) -> None:
@@ -103,8 +104,9 @@ def test_a_child_that_outlives_its_parent_does_not_keep_the_folder(tmp_path: Pat
     with owned(tmp_path / "demo", print):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     try:
+        assert child.poll() is None
         with owned(tmp_path / "demo", print):
-            pass
+            assert json.loads((tmp_path / ".demo.lock").read_text())["pid"] == os.getpid()
     finally:
         child.communicate(b"\n")
 

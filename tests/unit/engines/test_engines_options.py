@@ -279,7 +279,9 @@ def test_what_is_no_log_prob_of_the_engine_stops_the_run_however_old(version, gi
 def test_a_log_prob_of_the_engine_that_rounding_left_above_0_is_one():
     batch, scores = four()
     batch[3].logprobs[1] = 1e-5
-    estimate(batch, scores, settings(), 0.0, CPU)
+    experiences, metrics = estimate(batch, scores, settings(), 0.0, CPU)
+    assert [e.rollout.info.sample_id for e in experiences] == [rollout.info.sample_id for rollout in batch]
+    assert metrics["rollout/logprob_gap_max"] == pytest.approx(abs(1e-5 - scores.logprobs[3][1]))
 
 
 def test_the_gap_of_what_older_versions_sampled_is_reported_apart_and_stops_nothing():
