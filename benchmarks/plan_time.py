@@ -43,7 +43,7 @@ SHAPES = {
 
 def main(
     cases: str = "10M:32:128,10M:64:96,30M:32:192",
-    steps: int = 3,
+    steps: int = 9,
     as_json: Annotated[bool, typer.Option("--json", help="The last line alone.")] = False,
 ) -> None:
     rows = []
