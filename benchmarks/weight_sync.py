@@ -66,11 +66,15 @@ class Policy(PolicyActor):
 
 
 class Rollout(RolloutActor):
+    _weights: dict[str, torch.Tensor] | None = None
+
     def reload_from_memory(self, folder: str) -> float:
         """Seconds of vLLM's own reload of a checkpoint that was read into memory before."""
         from safetensors.torch import load_file
 
-        weights = load_file(Path(folder) / "model.safetensors")
+        if self._weights is None:  # a copy: what is read is mapped from the file
+            self._weights = {n: t.clone() for n, t in load_file(Path(folder) / "model.safetensors").items()}
+        weights = self._weights
 
         def reload(worker: Any) -> float:
             start = perf_counter()

@@ -3,7 +3,8 @@
 vLLM's serves every model and quantization. Its bookkeeping (each loader's pass over meta tensors, signatures bound,
 every module taken apart and put together again) takes longer than the weights do where a model is small. An unquantized
 one on a CPU needs little of it: tensors wait until their layer has all of them, the layer's own loaders write them
-where it keeps them, or into memory to pack from, and vLLM's own method packs.
+where it keeps them, and vLLM's own method packs what it packs: from the bucket itself, where the layer's tensors lie in
+it as the layer wants them.
 
     begin()    model.load_weights(bucket), keep(buffer)    ... for each bucket ...    finish()
 """
@@ -13,11 +14,14 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
@@ -86,7 +90,8 @@ class _PlainReload(LayerwiseReload):
     def keep(self, buffer: torch.Tensor) -> None:
         self._filled.clear()
         for layer in self._layers:
-            layer.waiting = [(name, _own(tensor, buffer), *rest) for name, tensor, *rest in layer.waiting]
+            for part in layer.waiting:
+                part.tensor = _own(part.tensor, buffer)
 
     def finish(self) -> None:
         for layer in self._layers:
@@ -100,14 +105,36 @@ class _PlainReload(LayerwiseReload):
         return {f"{name}.{parameter}" for name, layer in layers if not layer.whole for parameter in layer.parameters}
 
 
+@dataclass(slots=True)
+class _Part:
+    """What a parameter is loaded from: one tensor, and what else its loader is told."""
+
+    name: str
+    tensor: torch.Tensor
+    rest: tuple[Any, ...]
+    named: dict[str, Any]
+    copied: _Copied
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """What a loader does with a tensor."""
+
+    numel: int
+    source: int = -1
+    """first byte of the tensor's that it copies; -1 where it does more than copy one run of bytes"""
+    target: int = -1
+    """byte of the parameter where that goes"""
+    nbytes: int = 0
+
+
 class _PlainLayer:
     """One layer: its parameters as the engine uses them, and meta tensors that stand in for them during an update."""
 
     def __init__(self, layer: Any, filled: set[tuple[int, int]]) -> None:
         """`filled`: (parameter, address) of what layers have loaded from this bucket."""
         self._filled = filled
-        self.waiting: list[tuple[str, torch.Tensor, tuple[Any, ...], dict[str, Any]]] = []
-        """(parameter, what it is loaded from, what else its loader is told)"""
+        self.waiting: list[_Part] = []
         self._layer = layer
         self._used = {name: p for name, p in layer._parameters.items() if p is not None}
         unpacked, _ = get_layerwise_info(layer).restore_metadata
@@ -120,8 +147,10 @@ class _PlainLayer:
             stand_in.weight_loader = self._noting(name)
             padded = isinstance(layer, VocabParallelEmbedding)  # by rows that do not come
             self._total += (stand_in[: layer.shard_indices.num_org_elements] if padded else stand_in).numel()
-        self._counts: dict[Any, int] = {}
+        self._copied: dict[Any, _Copied] = {}
         self._came = 0
+        self._in_place = True
+        """vLLM keeps nothing of what it packs from"""
 
     @property
     def whole(self) -> bool:
@@ -140,13 +169,11 @@ class _PlainLayer:
         loader, stand_in = self._loaders[name], self._stand_ins[name]
 
         def note(_: torch.Tensor, tensor: torch.Tensor, *rest: Any, **named: Any) -> None:
-            key = name, tensor.shape, rest, *named.items()
-            if key not in self._counts:  # a shard takes its own part of the tensor
-                self._counts[key], _ = get_numel_loaded(
-                    loader, signature(loader).bind(stand_in, tensor, *rest, **named)
-                )
-            self.waiting.append((name, tensor, rest, named))
-            self._came += self._counts[key]
+            key = name, tensor.shape, tensor.stride(), rest, *named.items()
+            if key not in self._copied:  # a shard takes its own part of the tensor
+                self._copied[key] = _what_is_copied(loader, stand_in, tensor, *rest, **named)
+            self.waiting.append(_Part(name, tensor, rest, named, self._copied[key]))
+            self._came += self._copied[key].numel
             if self.whole:
                 self.finish()
 
@@ -155,19 +182,101 @@ class _PlainLayer:
     def finish(self) -> None:
         """Load what waits, all of it or as much as came, and be as the engine uses it again."""
         if self.waiting:
-            # vLLM empties a parameter that it has packed.
-            whole = {n: p if p.numel() else materialize_meta_tensor(self._stand_ins[n]) for n, p in self._used.items()}
-            self._layer._parameters.update(whole)
-            for name, tensor, rest, named in self.waiting:
-                place = id(whole[name]), tensor.data_ptr()
-                if place not in self._filled:  # a tied head is the embedding's parameter, and came with it
-                    self._loaders[name](whole[name], tensor, *rest, **named)
-                if whole[name] is self._used[name]:
-                    self._filled.add(place)
-            if (method := getattr(self._layer, "quant_method", None)) is not None:
-                method.process_weights_after_loading(self._layer)
+            if not self._load(self._in_bucket() if self._in_place else {}):
+                self._in_place = False
+                self._load({})
             self.waiting = []
         self._layer._parameters.update(self._used)
+
+    def _in_bucket(self) -> dict[str, torch.Tensor]:
+        """What vLLM is about to pack, and has emptied when it did so before, as the bucket's own bytes."""
+        packed = (name for name, p in self._used.items() if not p.numel())
+        return {name: view for name in packed if (view := self._view(name)) is not None}
+
+    def _view(self, name: str) -> torch.Tensor | None:
+        """A parameter as the bucket's own bytes, if all of it lies there from end to end."""
+        parts = sorted((part for part in self.waiting if part.name == name), key=lambda part: part.copied.target)
+        stand_in, end = self._stand_ins[name], 0
+        for part in parts:
+            same = part.tensor.untyped_storage().data_ptr() == parts[0].tensor.untyped_storage().data_ptr()
+            if not same or part.copied.target != end or _first(part) - end != _first(parts[0]):
+                return None
+            end += part.copied.nbytes
+        if end != stand_in.nbytes:
+            return None
+        # A storage of its own, so that it shows whether anybody holds it.
+        memory = parts[0].tensor.untyped_storage()
+        bucket = torch.empty(0, dtype=torch.uint8).set_(memory).numpy()
+        first = _first(parts[0]) - memory.data_ptr()
+        view = torch.from_numpy(bucket[first : first + end]).view(stand_in.dtype).view(stand_in.shape)
+        view.__class__, view.__dict__ = stand_in.__class__, stand_in.__dict__.copy()
+        return view
+
+    def _load(self, views: dict[str, torch.Tensor]) -> bool:
+        """Fill and pack; False if vLLM computes with one of `views` from now on, whose memory will be used again."""
+        held = [StorageWeakRef(view.untyped_storage()) for view in views.values()]  # type: ignore[no-untyped-call]
+        whole = {
+            n: p if p.numel() else views[n] if n in views else materialize_meta_tensor(self._stand_ins[n])
+            for n, p in self._used.items()
+        }
+        self._layer._parameters.update(whole)
+        for part in self.waiting:
+            place = id(whole[part.name]), part.tensor.data_ptr()
+            # A tied head is the embedding's parameter, and came with it.
+            if part.name not in views and place not in self._filled:
+                self._loaders[part.name](whole[part.name], part.tensor, *part.rest, **part.named)
+            if whole[part.name] is self._used[part.name]:
+                self._filled.add(place)
+        self._pack()
+        self._layer._parameters.update(self._used)
+        views.clear()
+        whole.clear()
+        return all(storage.expired() for storage in held)  # type: ignore[no-untyped-call]
+
+    def _pack(self) -> None:
+        layer = self._layer
+        method: Any = getattr(layer, "quant_method", None)
+
+        def pack_and_multiply(*arguments: Any) -> Any:
+            method.process_weights_after_loading(layer)
+            return layer.cpu_linear(*arguments)
+
+        if type(layer) is VocabParallelEmbedding:
+            # What is looked up in needs no packing; what is a model's head as well gets it when it is used as one.
+            layer.cpu_linear = pack_and_multiply
+        elif method is not None:
+            method.process_weights_after_loading(layer)
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is written, in order: (target, source) of a copy, None for anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            self.made.append(args[:2] if func is torch.ops.aten.copy_.default else None)
+        return func(*args, **(kwargs or {}))
+
+
+def _what_is_copied(loader: Any, stand_in: torch.Tensor, tensor: torch.Tensor, *rest: Any, **named: Any) -> _Copied:
+    with _Copies() as copies:
+        numel, _ = get_numel_loaded(loader, signature(loader).bind(stand_in, tensor, *rest, **named))
+    if len(copies.made) != 1 or copies.made[0] is None:
+        return _Copied(numel)
+    target, source = copies.made[0]
+    whole = target.is_contiguous() and source.is_contiguous() and source.dtype == target.dtype
+    if not whole or source.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
+        return _Copied(numel)
+    first = source.data_ptr() - tensor.data_ptr()
+    return _Copied(numel, first, target.storage_offset() * target.itemsize, source.nbytes)
+
+
+def _first(part: _Part) -> int:
+    """Address of the first byte that is copied."""
+    return part.tensor.data_ptr() + part.copied.source
 
 
 def _is_plain(layer: nn.Module) -> bool:

@@ -15,7 +15,7 @@ __all__ = ["ProbeRow", "gap_error", "probe_rows"]
 
 # Many targets after one short context: every weight takes part in each, and a publish does not wait for a long pass.
 # With so few tokens a pass takes as long as reading the weights does; with twice as many, its products count.
-TARGETS, CONTEXT = 32, 4
+TARGETS, CONTEXT = 64, 4
 
 
 @dataclass(frozen=True, slots=True)
