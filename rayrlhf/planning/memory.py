@@ -137,13 +137,14 @@ def _receiving(role: Role, work: Workload) -> dict[str, float]:
     if work.gpu:
         bucket = _bucket(shape, work) if work.transport in ON_DEVICE else largest
         return {"bucket": bucket, "waits for its layer": waits}
-    # What was freed while layers were loaded and packed anew stays with the process (models/vllm_layers.py).
-    return {"waits for its layer": waits, "freed and kept": min(_engine_weights(shape, work), float(KEPT))}
+    # What vLLM loaded and then packed stays with the process, freed (models/vllm_layers.py); tables stay as they came.
+    layers = size * (shape.parameters - shape.head * (1 if shape.tied else 2))
+    return {"waits for its layer": waits, "freed and kept": float(min(layers, KEPT))}
 
 
 def _engine_weights(shape: ModelShape, work: Workload) -> float:
-    """On a CPU a tied head is packed: a copy beside the table."""
-    packed = shape.head if shape.tied and not work.gpu else 0
+    """On a CPU the head is packed: a copy beside the one that the model has, or shares with the table."""
+    packed = 0 if work.gpu else shape.head
     return float(work.dtype_bytes * (shape.parameters + packed))
 
 

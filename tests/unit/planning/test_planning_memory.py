@@ -220,9 +220,14 @@ def test_a_scorer_on_a_cpu_holds_what_its_kernels_take(workload: Make) -> None:
     assert memory.framework == pytest.approx((0.5 + 0.015) * GIB)
 
 
-def test_an_engine_on_a_cpu_packs_a_tied_head_and_keeps_what_it_freed(workload: Make) -> None:
-    """4 bytes of 9,000 parameters and of a head of 1,000; as much freed memory; the largest tensor waits."""
-    memory = memory_of(workload(gpu=False, dtype="float32", kv_cache_gib=2.0), "rollout", "cpu")
-    assert memory.weights == {"weights": 40_000, "key/value cache": 2 * GIB}
-    assert memory.publishing == {"waits for its layer": 4_000, "freed and kept": 40_000}
+@pytest.mark.parametrize(("tied", "weights"), [(True, 40_000), (False, 44_000)])
+def test_an_engine_on_a_cpu_packs_its_head_and_keeps_what_it_freed(
+    shape: ModelShape, workload: Make, tied: bool, weights: int
+) -> None:
+    """4 bytes of 8,000 parameters in layers, of a table and of a head's pack of 1,000 each, and of the head where it is
+    not the table; what the layers came in is kept; the largest tensor waits."""
+    roles = {"rollout": Role("rollout", replace(shape, tied=tied), 1)}
+    memory = memory_of(workload(roles, gpu=False, dtype="float32", kv_cache_gib=2.0), "rollout", "cpu")
+    assert memory.weights == {"weights": weights, "key/value cache": 2 * GIB}
+    assert memory.publishing == {"waits for its layer": 4_000, "freed and kept": 32_000}
     assert memory.framework == pytest.approx((0.61 + 0.05) * GIB)
