@@ -22,6 +22,7 @@ __all__ = [
     "Whereabouts",
     "free_address",
     "leaves_data",
+    "meeting_place",
     "peak_memory_gib",
     "segments_of",
     "send_output_to",
@@ -82,6 +83,9 @@ class Actor:
     def free_address(self) -> tuple[str, int]:
         return free_address()
 
+    def meeting_place(self) -> tuple[str, int]:
+        return meeting_place()
+
     def memory_gib(self) -> float:
         """Resident memory of this process, with the GPU memory it allocated."""
         import torch
@@ -96,6 +100,13 @@ def free_address() -> tuple[str, int]:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
     return ray.util.get_node_ip_address(), port
+
+
+def meeting_place() -> tuple[str, int]:
+    """Where the others of a process group find this process, its rank 0, which listens there from now on."""
+    from rayrlhf.engines.distributed import listen
+
+    return listen(ray.util.get_node_ip_address())
 
 
 def this_node() -> str:

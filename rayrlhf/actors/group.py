@@ -142,8 +142,8 @@ class ActorGroup:
 
     async def rendezvous(self, device: str, deterministic: bool, timeout_s: float) -> list[Rendezvous]:
         """Where rank 0 waits for the others: one process group per role."""
-        refs = [self.actors[0].free_address.remote()]
-        address, port = (await self._wait(refs, "free_address", timeout_s))[0]
+        refs = [self.actors[0].meeting_place.remote()]
+        address, port = (await self._wait(refs, "meeting_place", timeout_s))[0]
         threads = self.placement.threads
         return [
             Rendezvous(rank, self.ranks, address, port, device, threads, deterministic) for rank in range(self.ranks)

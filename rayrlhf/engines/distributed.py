@@ -17,6 +17,7 @@ __all__ = [
     "all_reduce_sum",
     "form_group",
     "join_process_group",
+    "listen",
     "prepare_process",
     "reduce_means",
 ]
@@ -42,6 +43,18 @@ def join_process_group(rendezvous: Rendezvous) -> None:
     form_group(rendezvous)
 
 
+_listening: dict[tuple[str, int], socket.socket] = {}
+
+
+def listen(address: str) -> tuple[str, int]:
+    """A place at which this process, rank 0 of a group to come, listens from now on: a port that was only looked for
+    might be another's before the group forms."""
+    server = socket.create_server((address, 0), family=_family(address))
+    place = address, int(server.getsockname()[1])
+    _listening[place] = server
+    return place
+
+
 def form_group(rendezvous: Rendezvous) -> None:
     """DeepSpeed's process group, of processes that are prepared: gloo on CPU, NCCL on GPUs.
 
@@ -52,12 +65,16 @@ def form_group(rendezvous: Rendezvous) -> None:
 
     place, rank, world, listening = (rendezvous.address, rendezvous.port), rendezvous.rank, rendezvous.world_size, None
     if rank == 0:
-        family = socket.AF_INET6 if ":" in rendezvous.address else socket.AF_INET
-        listening = socket.create_server(place, family=family).detach()
+        server = _listening.pop(place, None) or socket.create_server(place, family=_family(rendezvous.address))
+        listening = server.detach()
     store = TCPStore(*place, world, rank == 0, default_pg_timeout, master_listen_fd=listening)
     backend = "nccl" if rendezvous.device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=default_pg_timeout, rank=rank, world_size=world, store=store)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def prepare_process(device: str, threads: int, deterministic: bool) -> None:

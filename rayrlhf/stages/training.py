@@ -20,7 +20,7 @@ from typing import Any
 
 import ray
 
-from rayrlhf.actors.base import free_address, use_rays_network
+from rayrlhf.actors.base import meeting_place, use_rays_network
 from rayrlhf.actors.placement import plan_training
 from rayrlhf.checkpoint.store import Checkpoint
 from rayrlhf.config import Config
@@ -206,7 +206,7 @@ def _over_rays_network(backend: str) -> Any:
             class Backend(plain):  # type: ignore[misc]
                 def on_start(self, worker_group: Any, backend_config: Any) -> None:
                     worker_group.execute(use_rays_network)
-                    address, port = worker_group.execute_single(0, free_address)
+                    address, port = worker_group.execute_single(0, meeting_place)
                     worker_group.execute(_meet_at, address, port)
 
             return Backend

@@ -140,6 +140,17 @@ def test_gpus_talk_over_nccl_and_cpus_over_gloo_and_rank_0_listens_where_the_oth
     assert stores[0].port == port
 
 
+def test_where_a_group_is_to_meet_is_nobody_elses_until_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores: list[Any] = []
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, store, **__: stores.append(store))
+    monkeypatch.setattr("deepspeed.init_distributed", lambda dist_backend, verbose: None)
+    address, port = distributed.listen("127.0.0.1")
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server((address, port))
+    distributed.form_group(distributed.Rendezvous(0, 1, address, port, "cpu", 1, deterministic=False))
+    assert stores[0].port == port
+
+
 def test_a_deterministic_process_says_so_to_cublas_and_to_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda on: None)
