@@ -2,7 +2,8 @@
 
     python benchmarks/plan_time.py [--cases 10M:32:128,10M:64:96,30M:32:192] [--json]
 
-A case is a size, responses a step and tokens of the longest response; none of them is used in calibrating. Measured is
+A case is a size, responses a step and tokens of the longest response; none of them is used in calibrating, which is
+done again before each: a shared machine is not equally fast all the time. Measured is
 the stage `ppo` as `rayrlhf run` runs it, with given log-normal lengths, a quarter of the longest in the mean;
 its seconds are those of its own records, medians of the steps after the first. The plan is told the mean lengths and
 their spread, and nothing else.
@@ -48,16 +49,15 @@ def main(
 ) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        start, hardware = perf_counter(), None
         for case in cases.split(","):
             size, batch, longest = case.split(":")
             folder = Path(name) / case.replace(":", "-")
             folder.mkdir()
             _make_inputs(folder, SHAPES[size], int(batch))
             config = _config(folder, steps, int(batch), int(longest), [])
-            if hardware is None:
-                hardware = measure_this_machine(config, None)
-                print(f"calibrated in {perf_counter() - start:.0f} s\n{hardware.read_text(encoding='utf-8')}")
+            start = perf_counter()
+            hardware = measure_this_machine(config, None)
+            print(f"calibrated in {perf_counter() - start:.0f} s\n{hardware.read_text(encoding='utf-8')}")
             rows += compared(case, config, folder, hardware)
     if not as_json:
         print_table("seconds of a step", rows)

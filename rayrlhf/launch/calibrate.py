@@ -1,33 +1,43 @@
 """`rayrlhf plan --calibrate`: half a minute of the product's own engines on this CPU, as a hardware file for the plan.
 
-Two small models learn and score, and one samples, at two sizes of batch; what the plan assumes of a CPU is then set so
-that it would have foreseen these seconds. Each is the least of a few: what else runs on the machine can only add.
+Two small models learn and score; one samples, at two sizes of batch, and takes new weights. What the plan assumes of a
+CPU is then set so that it would have foreseen these seconds. Each is the least of a few: what else runs on the machine
+can only add.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import multiprocessing
-import socket
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from rayrlhf.actors.cluster import disconnect, join
+from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.config import Config
 from rayrlhf.config.load import dump_yaml
 from rayrlhf.config.model import FromScratch
+from rayrlhf.config.ppo import WeightsConfig
+from rayrlhf.data.batching import Cutting
+from rayrlhf.engines.deepspeed import Learner
+from rayrlhf.engines.learning import UpdateSettings, update_policy
+from rayrlhf.engines.scoring import score_logprobs
 from rayrlhf.errors import ActorError, ConfigError
+from rayrlhf.launch.pair import EOS, Pair, PairPolicy, PairSettings
+from rayrlhf.models.build import from_scratch
 from rayrlhf.planning.assumptions import assumptions_for
 from rayrlhf.planning.decoding import forward_flops
 from rayrlhf.planning.hardware import Hardware, hardware_named
 from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
 from rayrlhf.planning.time import ADAM_BYTES
+from rayrlhf.types import Experience, PromptTokens, Rollout, RolloutInfo, SampleRequest
 
 __all__ = ["Measured", "calibrate", "fitted", "measure_this_machine", "write_hardware"]
 
@@ -38,10 +48,10 @@ SPECS = {
 }
 SEQUENCES = (8, 32)
 """of an engine's batch"""
-LEARNED = (2, 8, 32)
+LEARNED = (2, 8, 24)
 """of a micro-batch; with the fewest an update is little but its optimizer step"""
 REPEATS = 3
-PATIENCE_S = 180.0
+PATIENCE_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,21 @@ class Measured:
     """all prompts and a first token of each"""
     decode: Mapping[int, float]
     """one more token of each sequence"""
+    publish: float
+    """of the larger model, to one engine, after both have done other work"""
 
 
 def calibrate(learner_threads: int, engine_threads: int) -> Measured:
-    """Raises ActorError: a process that measures ended without an answer."""
-    learned, sampled = _in_a_process(_learn, learner_threads), _in_a_process(_sample, engine_threads)
-    return Measured(**learned, **sampled)
+    """In a Ray of its own.
+
+    Raises:
+        ActorError: a process that measures failed, or ended without an answer.
+    """
+    join(None, "rayrlhf-calibrate")
+    try:
+        return asyncio.run(_measure(learner_threads, engine_threads))
+    finally:
+        disconnect()
 
 
 def fitted(measured: Measured, hardware: Hardware, learner_threads: int, engine_threads: int) -> dict[str, float]:
@@ -69,7 +88,8 @@ def fitted(measured: Measured, hardware: Hardware, learner_threads: int, engine_
     shapes = {name: shape_of(from_scratch_config(spec), name) for name, spec in SPECS.items()}
     peak, bandwidth = hardware.flops("float32") * learner_threads, hardware.bandwidth * learner_threads
     learner = _of_learner(measured, shapes, peak, bandwidth)
-    return learner | _of_engine(measured, shapes["large"], hardware, engine_threads)
+    engine = _of_engine(measured, shapes["large"], hardware, engine_threads)
+    return learner | engine | _of_publish(measured.publish, 4.0 * shapes["large"].parameters)
 
 
 def measure_this_machine(config: Config, hardware: str | None) -> Path:
@@ -117,16 +137,15 @@ def _of_learner(
 def _of_engine(measured: Measured, shape: ModelShape, hardware: Hardware, threads: int) -> dict[str, float]:
     """decode = reading or arithmetic + a step's own + so much a sequence; prompts tell how fast arithmetic is."""
     few, many = SEQUENCES
+    assume = assumptions_for("cpu")
+    # The plan gives an engine this share of its cores. Measured as an actor it had no more.
+    prefill, decode = ({n: s * assume["cpu_share"] for n, s in m.items()} for m in (measured.prefill, measured.decode))
     peak, bandwidth = hardware.flops("float32") * threads, hardware.bandwidth * threads
-    rate = forward_flops(shape, many * PROMPT, many, PROMPT / 2) / measured.prefill[many]
-    share = assumptions_for("cpu")["decode_bandwidth"]
+    rate = forward_flops(shape, many * PROMPT, many, PROMPT / 2) / prefill[many]
     nbytes = 4.0 * (shape.in_layers + shape.head)
     # One model cannot tell a slow memory from a slow step: what is assumed of memory stays, unless it is too slow.
-    reading = min(nbytes / (bandwidth * share), measured.decode[few])
-    rest = {
-        n: measured.decode[n] - max(reading, forward_flops(shape, n, n, PROMPT + RESPONSE / 2) / rate)
-        for n in SEQUENCES
-    }
+    reading = min(nbytes / (bandwidth * assume["decode_bandwidth"]), decode[few])
+    rest = {n: decode[n] - max(reading, forward_flops(shape, n, n, PROMPT + RESPONSE / 2) / rate) for n in SEQUENCES}
     each = max(0.0, (rest[many] - rest[few]) / (many - few))
     return {
         "decode_flops": rate / peak,
@@ -134,6 +153,14 @@ def _of_engine(measured: Measured, shape: ModelShape, hardware: Hardware, thread
         "decode_sequence_us": each * 1e6,
         "decode_bandwidth": nbytes / reading / bandwidth,
     }
+
+
+def _of_publish(seconds: float, nbytes: float) -> dict[str, float]:
+    """One size cannot tell a publish's own time from its bytes': both are as much slower than assumed."""
+    assume = assumptions_for("cpu")
+    own, rate = assume["publish_fixed_s"], assume["publish_gb_s"]
+    slower = seconds / (own + nbytes / (rate * 1e9))
+    return {"publish_fixed_s": own * slower, "publish_gb_s": rate / slower}
 
 
 def _flops(shape: ModelShape, sequences: int) -> float:
@@ -154,91 +181,90 @@ def _non_negative(columns: np.ndarray, values: np.ndarray) -> list[float]:
         del used[int(np.argmin(found * sizes))]
 
 
-# ---- what runs in processes of its own
+# ---- what is measured
 
 
-def _in_a_process(work: Callable[[int, Any], None], threads: int) -> Mapping[str, Any]:
-    """What `work` sends: fresh, since engines cannot share a process, and its noise goes nowhere."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_quietly, args=(work, threads, theirs))
-    process.start()
-    theirs.close()
+async def _measure(learner_threads: int, engine_threads: int) -> Measured:
+    rng = np.random.default_rng(0)
+    prompts = [PromptTokens(i, rng.integers(2, VOCABULARY, PROMPT).astype(np.int32)) for i in range(4096)]
+    settings = PairSettings(
+        name="calibrate",
+        shape=SPECS["large"],
+        device="cpu",
+        max_tokens=RESPONSE,
+        sequences=max(SEQUENCES),
+        bucket_bytes=int(WeightsConfig().bucket_mib * 2**20),
+        threads=(learner_threads, engine_threads),
+    )
+    pair, problem = Pair(settings, prompts), None
     try:
-        if not ours.poll(PATIENCE_S):
-            raise ActorError(f"calibrating: {work.__name__} took over {PATIENCE_S:g} s")
-        found: Mapping[str, Any] = ours.recv()
-    except EOFError:
-        raise ActorError(f"calibrating: {work.__name__} ended without an answer") from None
+        await pair.spawn(_Policy, _Engine)
+        await asyncio.gather(pair.start_policy(), pair.start_engine())
+        await pair.pool.publish(0)
+        learned = (await pair.policy.call("measure", timeout_s=PATIENCE_S))[0]
+        sampled = (await pair.rollout.call("measure", timeout_s=PATIENCE_S))[0]
+        return Measured(**learned, **sampled, publish=await _publishing(pair))
+    except ActorError as error:
+        problem = error.message.splitlines()[0]
+        raise ActorError(f"calibrating: {problem}", f"see the logs in {pair.folder}") from error
     finally:
-        process.join(5)
-        process.kill()
-    return found
+        await pair.close(logs=problem is None)
 
 
-def _quietly(work: Callable[[int, Any], None], threads: int, pipe: Any) -> None:
-    import os
+async def _publishing(pair: Pair) -> float:
+    """As in a run, where both have done other work since the last one."""
+    seconds = []
+    for version in range(1, REPEATS + 1):
+        async for _ in pair.pool.generate([SampleRequest(i, i, i) for i in range(max(SEQUENCES))]):
+            pass
+        await pair.policy.call("learn")
+        seconds.append((await pair.pool.publish(version)).seconds)
+    return min(seconds)
 
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    work(threads, pipe)
 
-
-def _learn(threads: int, pipe: Any) -> None:
-    from rayrlhf.data.batching import Cutting
-    from rayrlhf.engines.distributed import Rendezvous, join_process_group
-    from rayrlhf.engines.learning import UpdateSettings, update_policy
-    from rayrlhf.engines.scoring import score_logprobs
-    from rayrlhf.models.build import from_scratch
-
-    logging.disable(logging.WARNING)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    join_process_group(Rendezvous(0, 1, "127.0.0.1", port, "cpu", threads, deterministic=False))
-    score, update = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, spec in SPECS.items():
-            learner = _learner(from_scratch(spec, VOCABULARY, 0, 1, seed=0), folder)
+class _Policy(PairPolicy):
+    def measure(self) -> Mapping[str, Any]:
+        logging.disable(logging.WARNING)
+        assert self.settings.learner is not None
+        small = from_scratch(SPECS["small"], VOCABULARY, EOS, 1, seed=0)
+        learners = {"small": Learner(small, replace(self.settings.learner, role="small")), "large": self.engine}
+        score, update = {}, {}
+        for name, learner in learners.items():
             for sequences in LEARNED:
-                made = _experiences(sequences)
+                made, cutting = _experiences(sequences), Cutting(sequences * (PROMPT + RESPONSE))
                 rollouts, rows, rate = [e.rollout for e in made], [range(len(made))], 1e-6
-                cutting = Cutting(sequences * (PROMPT + RESPONSE))
-                settings = UpdateSettings(0.2, cutting)
-                key = (name, sequences)
+                key, settings = (name, sequences), UpdateSettings(0.2, cutting)
                 score[key] = _timed(partial(score_logprobs, learner, rollouts, rollouts[0], cutting, 1.0))
                 update[key] = _timed(partial(update_policy, learner, made, rows, made[0], settings, rate))
-    pipe.send({"score": score, "update": update})
+        return {"score": score, "update": update}
+
+    def learn(self) -> None:
+        made, cutting = _experiences(max(LEARNED)), self.settings.cutting
+        update_policy(self.engine, made, [range(len(made))], made[0], UpdateSettings(0.2, cutting), 1e-6)
 
 
-def _learner(policy: Any, folder: str) -> Any:
-    from rayrlhf.config.ppo import PPOConfig
-    from rayrlhf.engines.deepspeed import Learner, LearnerSettings
+class _Engine(RolloutActor):
+    def measure(self) -> Mapping[str, Any]:
+        self._engine.commit(0)
+        fixed, used = _Fixed(self._engine), count()
 
-    adam = PPOConfig().adam
-    settings = LearnerSettings(
-        zero_stage=0,
-        dtype="float32",
-        device="cpu",
-        learning_rate=1e-6,
-        betas=adam.betas,
-        eps=adam.eps,
-        weight_decay=adam.weight_decay,
-        grad_clip=adam.grad_clip,
-        max_loss=1e9,
-        failed_folder=folder,
-        role="calibrate",
-    )
-    return Learner(policy, settings)
+        def draw(sequences: int, tokens: int) -> None:
+            """Of prompts that it has not seen: nothing of them is cached."""
+            fixed.draw([SampleRequest(i, i, i) for i in islice(used, sequences)], tokens)
+
+        prefill, decode = {}, {}
+        for sequences in SEQUENCES:
+            first, whole = (_timed(partial(draw, sequences, tokens)) for tokens in (1, RESPONSE))
+            prefill[sequences] = first
+            decode[sequences] = (whole - first) / (RESPONSE - 1)
+        fixed.end()
+        return {"prefill": prefill, "decode": decode}
 
 
-def _experiences(count: int) -> list[Any]:
-    """In `count` rows, half of which hold two short ones: packed under a mask, as in a run."""
-    from rayrlhf.types import Experience, Rollout, RolloutInfo
-
+def _experiences(number: int) -> list[Experience]:
+    """In `number` rows, half of which hold two short ones: packed under a mask, as in a run."""
     rng, made = np.random.default_rng(0), []
-    for i, parts in enumerate([1] * (count // 2) + [2] * count):
+    for i, parts in enumerate([1] * (number // 2) + [2] * number):
         prompt, response = PROMPT // parts, RESPONSE // parts
         tokens = rng.integers(2, VOCABULARY, prompt + response).astype(np.int32)
         old, advantages, logprobs = (rng.normal(size=response).astype(np.float32) for _ in range(3))
@@ -247,55 +273,11 @@ def _experiences(count: int) -> list[Any]:
     return made
 
 
-def _sample(threads: int, pipe: Any) -> None:
-    from rayrlhf.engines.vllm import EngineSettings, RolloutEngine
-    from rayrlhf.models.build import from_scratch
-    from rayrlhf.types import PromptTokens, SampleRequest
-
-    rng = np.random.default_rng(0)
-    prompts = [PromptTokens(i, rng.integers(2, VOCABULARY, PROMPT).astype(np.int32)) for i in range(4096)]
-    with tempfile.TemporaryDirectory() as folder:
-        from_scratch(SPECS["large"], VOCABULARY, 0, 1, seed=0).lm.save_pretrained(folder)
-        settings = EngineSettings(
-            model=folder,
-            dtype="float32",
-            device="cpu",
-            context=PROMPT + RESPONSE,
-            max_tokens=RESPONSE,
-            temperature=1.0,
-            tensor_parallel=1,
-            threads=threads,
-            kv_cache_gib=1,
-            gpu_memory_utilization=0.5,
-            max_sequences=max(SEQUENCES),
-            transport="shared_memory",
-            run="calibrate",
-            eos=0,
-            trust_remote_code=False,
-            deterministic=False,
-        )
-        engine = _Fixed(RolloutEngine(settings, prompts))
-        prefill, decode, used = {}, {}, iter(range(len(prompts)))
-        for sequences in SEQUENCES:
-            times = {}
-            for tokens in (1, RESPONSE):
-
-                def draw(count: int = sequences, length: int = tokens) -> None:
-                    engine.draw([SampleRequest(i, i, i) for i in (next(used) for _ in range(count))], length)
-
-                times[tokens] = _timed(draw)
-            prefill[sequences] = times[1]
-            decode[sequences] = (times[RESPONSE] - times[1]) / (RESPONSE - 1)
-        pipe.send({"prefill": prefill, "decode": decode})
-        engine.engine.close()
-
-
 class _Fixed:
-    """An engine whose responses have the length asked for; its own weights are as good as any here."""
+    """An engine whose responses have the length asked for."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        engine._version = 0
 
     def draw(self, requests: Sequence[Any], tokens: int) -> None:
         sampling = type(self.engine)._sampling
@@ -309,10 +291,12 @@ class _Fixed:
         for _ in self.engine.generate(requests, len(requests)):
             pass
 
+    def end(self) -> None:
+        del self.engine._sampling
+
 
 def _timed(work: Callable[[], object]) -> float:
-    """Seconds, the least of a few after one that warms up."""
-    work()
+    """Seconds, the least of a few: the first of them warms up."""
     seconds = []
     for _ in range(REPEATS):
         start = perf_counter()
