@@ -167,8 +167,8 @@ def plan(
         bool,
         typer.Option(
             "--calibrate",
-            help="Half a minute of small models on this CPU first: the plan then rests on what they took, and so does "
-            "a later --hardware <run.output>/this-machine.yaml.",
+            help="Small models on this CPU first, for under a minute: the plan then rests on what they took, and so "
+            "does a later --hardware <run.output>/this-machine.yaml.",
         ),
     ] = False,
     look: Annotated[

@@ -1,4 +1,4 @@
-"""`rayrlhf plan --calibrate`: half a minute of the product's own engines on this CPU, as a hardware file for the plan.
+"""`rayrlhf plan --calibrate`: the product's own engines on this CPU for a while, as a hardware file for the plan.
 
 Two small models learn and score; one samples, at two sizes of batch, and takes new weights. What the plan assumes of a
 CPU is then set so that it would have foreseen these seconds. Each is the least of a few: what else runs on the machine
