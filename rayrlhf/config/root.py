@@ -227,6 +227,12 @@ class Config(Section):
             raise ValueError(
                 f"weights.transport is {self.weights.transport} but cluster.device is cpu: take shared_memory"
             )
+        alone = [role for role in ("policy", "rollout") if self.cluster.gpus(getattr(self.cluster, role)) >= 1]
+        if self.weights.transport == "ipc" and alone and "rollout" not in self.cluster.sharing("policy"):
+            raise ValueError(
+                f"weights.transport is ipc but {' and '.join(alone)} have GPUs of their own: take nccl, or put policy "
+                "and rollout on the same devices in cluster.shared"
+            )
         return self
 
     @model_validator(mode="after")

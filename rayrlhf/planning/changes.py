@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rayrlhf.config import Config
-from rayrlhf.planning.plan import Plan
+from rayrlhf.planning.plan import Plan, too_long
+from rayrlhf.planning.reading import TRAINING, longest_in_training
 from rayrlhf.planning.search import SETS
+from rayrlhf.planning.workload import fitting_transport
 
 __all__ = ["TRAINING", "Change", "changes"]
 
-TRAINING = ("pretrain", "sft", "reward", "dpo")
 MODELS = ("policy", "value", "reference", "reward")
 PARTS = (2, 4, 8)
 
@@ -30,7 +31,8 @@ class Change:
 def changes(config: Config, plan: Plan) -> list[Change]:
     """Those that may help the roles that do not fit."""
     roles = {role for shortfall in plan.shortfalls for role in shortfall.roles}
-    found = [*_of_learners(config, roles), *_of_engines(config, roles), *_of_training(config, roles)]
+    found = [*_of_learners(config, roles), *_of_engines(config, roles, plan), *_of_training(config, roles, plan)]
+    found += _shorter(config, plan)
     if config.model.dtype == "float32":
         found.append(_one("model.dtype=bfloat16"))
     if "policy" in roles:
@@ -94,10 +96,9 @@ def _shared(config: Config) -> Iterator[Change]:
     """Roles in turns on the same GPUs; whoever is sharded would need equally many ranks."""
     for sets in SETS:
         if sets != config.cluster.shared:
-            transport = ("weights.transport=ipc",) if len(sets) == 1 and "rollout" in sets[0] else ()
-            yield _one(f"cluster.shared={_named(sets)}", *transport)
-            if transport:
-                yield _one(f"cluster.shared={_named(sets)}")
+            fitting = fitting_transport(sets)
+            wrong = config.weights.transport != fitting and "shared_memory" not in (config.weights.transport, fitting)
+            yield _one(f"cluster.shared={_named(sets)}", *((f"weights.transport={fitting}",) if wrong else ()))
 
 
 def _named(sets: Iterable[Sequence[str]]) -> str:
@@ -121,7 +122,18 @@ def _of_learners(config: Config, roles: set[str]) -> Iterator[Change]:
         yield _one("ppo.frozen_zero_stage=3")
 
 
-def _of_engines(config: Config, roles: set[str]) -> Iterator[Change]:
+def _shorter(config: Config, plan: Plan) -> Iterator[Change]:
+    """Responses, or prompts, by as many tokens as are too many for the model."""
+    for over in (int(short.over) for short in too_long(plan.work)):
+        for key, now in (
+            ("rollout.max_tokens", config.rollout.max_tokens),
+            ("data.max_prompt_tokens", config.data.max_prompt_tokens),
+        ):
+            if now > over:
+                yield _one(f"{key}={now - over}")
+
+
+def _of_engines(config: Config, roles: set[str], plan: Plan) -> Iterator[Change]:
     rollout = config.rollout
     if "rollout" not in roles:
         return
@@ -129,13 +141,16 @@ def _of_engines(config: Config, roles: set[str]) -> Iterator[Change]:
         yield from _down("rollout.kv_cache_gib", rollout.kv_cache_gib, 1)
         yield from (_one(f"rollout.kv_cache_gib={rollout.kv_cache_gib * times}") for times in PARTS)
         return
-    yield from (_one(f"rollout.tensor_parallel={rollout.tensor_parallel * times}") for times in PARTS)
+    heads, most = plan.work.roles["rollout"].shape.heads, plan.hardware.per_node
+    shards = [n for n in range(1, most + 1) if heads % n == 0 and n != rollout.tensor_parallel]
+    yield from (_one(f"rollout.tensor_parallel={n}") for n in shards)
     yield from (_one(f"rollout.gpu_memory_utilization={share}") for share in (0.3, 0.5, 0.7, 0.9))
 
 
-def _of_training(config: Config, roles: set[str]) -> Iterator[Change]:
+def _of_training(config: Config, roles: set[str], plan: Plan) -> Iterator[Change]:
     for stage in TRAINING if "train" in roles else ():
         if stage in config.stages():
             section = getattr(config, stage)
-            yield from _down(f"{stage}.micro_batch_tokens", section.micro_batch_tokens, 256)
+            least = longest_in_training(config, stage, plan.assume)
+            yield from _down(f"{stage}.micro_batch_tokens", section.micro_batch_tokens, least)
             yield from (_one(f"{stage}.zero_stage={zero}") for zero in range(section.zero_stage + 1, 4))

@@ -20,7 +20,7 @@ from rayrlhf.planning.search import overrides_of, search, smallest
 from rayrlhf.planning.show import show_assumptions, show_placements, show_plan
 from rayrlhf.planning.workload import Workload
 
-__all__ = ["Asked", "asked_of", "numbers", "plan_and_print", "plan_asked", "print_plans", "read_asked"]
+__all__ = ["Asked", "asked_of", "numbers", "plan_and_print", "plan_asked", "plan_of", "print_plans", "read_asked"]
 
 FALLBACK = {"cuda": "h100-80g", "cpu": "cpu"}
 
@@ -35,6 +35,8 @@ class Asked:
     nodes: int | None
     is_placed: bool = True
     """False: somebody has to look for a placement"""
+    others: tuple[Workload, ...] = ()
+    """arms of PPO that take less than `work`, with the same roles, one after the other"""
 
 
 def read_asked(
@@ -70,7 +72,15 @@ def asked_of(
             f"set cluster.device={'cuda' if device.is_gpu else 'cpu'}, or take other hardware",
         )
     known = _assumptions(device, {"plan.assume": config.plan.assume, "--assume": assume or {}})
-    return Asked(workload_of(config, known), device, known, nodes or config.plan.nodes)
+    arms = [workload_of(arm, known) for arm in config.arms().values()]
+    if len(arms) > 1:  # the longest first
+        arms.sort(key=lambda work: -make_plan(work, device, known).seconds)
+    return Asked(arms[0], device, known, nodes or config.plan.nodes, others=tuple(arms[1:]))
+
+
+def plan_of(asked: Asked) -> Plan:
+    """As it is placed."""
+    return make_plan(asked.work, asked.hardware, asked.assume, asked.nodes, asked.others)
 
 
 def plan_asked(asked: Asked, look: bool) -> list[Plan]:
@@ -80,7 +90,7 @@ def plan_asked(asked: Asked, look: bool) -> list[Plan]:
         ResourceError: no placement fits.
     """
     if asked.is_placed and not look:
-        return [make_plan(asked.work, asked.hardware, asked.assume, asked.nodes)]
+        return [plan_of(asked)]
     if asked.nodes is None:
         found = smallest(asked.work, asked.hardware, asked.assume)
     else:
@@ -102,13 +112,13 @@ def print_plans(console: Console, plans: Sequence[Plan], as_json: bool, asked: A
         asked: what they were searched for; None: nobody searched.
     """
     best = plans[0]
-    own = make_plan(asked.work, asked.hardware, asked.assume, asked.nodes) if asked and asked.is_placed else None
+    own = plan_of(asked) if asked and asked.is_placed else None
     if as_json:
         tree = best.as_json()
         if asked:
-            tree["placements"] = [_placement(plan) for plan in plans]
+            tree["placements"] = [_placement(plan, asked) for plan in plans]
         if own:
-            tree["configured"] = {"fits": own.fits, **_placement(own)}
+            tree["configured"] = {"fits": own.fits, **_placement(own, None)}
         _print_json(console, tree)
         return
     show_assumptions(console, best)
@@ -116,7 +126,8 @@ def print_plans(console: Console, plans: Sequence[Plan], as_json: bool, asked: A
         show_placements(console, plans, own)
     show_plan(console, best)
     if asked:
-        console.print("as keys of the config:", *overrides_of(best), sep="\n  ", highlight=False, markup=False)
+        keys = overrides_of(best, asked.work)
+        console.print("as keys of the config:", *keys, sep="\n  ", highlight=False, markup=False)
 
 
 def plan_and_print(asked: Asked, look: bool, as_json: bool) -> bool:
@@ -138,9 +149,10 @@ def _print_json(console: Console, tree: Mapping[str, object]) -> None:
     console.print(json.dumps(tree), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _placement(plan: Plan) -> dict[str, object]:
+def _placement(plan: Plan, asked: Asked | None) -> dict[str, object]:
     gpus, seconds = plan.devices, plan.time.seconds
-    return {"gpus": gpus, "step_seconds": seconds, "gpu_hours": plan.gpu_hours, "overrides": overrides_of(plan)}
+    keys = overrides_of(plan, asked.work if asked else None)
+    return {"gpus": gpus, "step_seconds": seconds, "gpu_hours": plan.gpu_hours, "overrides": keys}
 
 
 def numbers(options: Sequence[str]) -> dict[str, float]:
@@ -156,7 +168,7 @@ def numbers(options: Sequence[str]) -> dict[str, float]:
 
 
 def _assumptions(device: Hardware, changes: Mapping[str, Mapping[str, float]]) -> Assumptions:
-    known = assumptions_for(device.device.kind).changed(device.assumptions, f"measured ({device.name})")
+    known = assumptions_for(device.device.kind).changed(device.assumptions, f"{device.file}: assumptions")
     for source, values in changes.items():
         known = known.changed(values, source)
     return known

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayrlhf.config.base import NonNegative, NonNegativeInt, Positive, Section
 from rayrlhf.config.load import read_yaml, validated
@@ -22,7 +22,9 @@ GIB = 2**30
 
 class Link(Section):
     gb_s: Positive
-    """10^9 bytes a second in one direction, for each device"""
+    """10^9 bytes a second in one direction, for each device, or for a node if `of_node`"""
+    of_node: bool = False
+    """the devices of a node have it together"""
     latency_us: NonNegative
     source: str
 
@@ -59,6 +61,13 @@ class Device(Section):
     """... and to the host's memory"""
     source: str
 
+    @model_validator(mode="after")
+    def _gpus_are_not_read_from_this_machine(self) -> Device:
+        missing = [key for key in ("memory_gib", "per_node") if self.kind == "gpu" and not getattr(self, key)]
+        if missing:
+            raise ValueError(f"{missing[0]} is 0, and kind is gpu: say how much a GPU, or a node, has")
+        return self
+
 
 class _Table(Section):
     links: dict[str, Link] = Field(default_factory=dict)
@@ -76,6 +85,8 @@ class Hardware(Section):
     between: Link
     host: Link
     assumptions: dict[str, float] = Field(default_factory=dict)
+    file: str = ""
+    """that it was read from, if it is not of the table"""
 
     @property
     def is_gpu(self) -> bool:
@@ -139,7 +150,8 @@ def _resolved(
         if wanted not in links:
             raise ConfigError(f"{source}: devices.{name}.{place}: no link {wanted!r}", f"one of {', '.join(links)}")
         found[place] = links[wanted]
-    return Hardware(name=name, device=device, assumptions=assumptions, **found)
+    file = source if source.endswith((".yaml", ".yml")) else ""
+    return Hardware(name=name, device=device, assumptions=assumptions, file=file, **found)
 
 
 @cache

@@ -271,7 +271,7 @@ def _passes(role: Role, work: Workload, learns: bool) -> dict[str, float]:
     """Activations and logits of one micro-batch."""
     trains, reads_text = role.name == "train", role.name == "policy" and work.text_tokens > 0
     if trains:
-        tokens = float(max(work.train_micro_batch_tokens, work.longest))
+        tokens = float(max(work.train_micro_batch_tokens, work.train_longest, work.longest))
     else:
         tokens = _fullest(
             work.micro_batch_tokens, work.longest, work.minibatch_size if learns else work.batch_size, role

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayrlhf.planning.assumptions import Assumptions
@@ -40,6 +40,8 @@ class Plan:
     time: StepTime
     shortfalls: tuple[Shortfall, ...]
     warnings: tuple[str, ...]
+    others_s: float = 0.0
+    """of PPO's other arms, which come one after the other"""
 
     @property
     def fits(self) -> bool:
@@ -51,7 +53,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return self.time.seconds * self.work.steps
+        return self.time.seconds * self.work.steps + self.others_s
 
     @property
     def gpu_hours(self) -> float:
@@ -90,12 +92,31 @@ class Plan:
         }
 
 
-def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int | None = None) -> Plan:
+def make_plan(
+    work: Workload, hardware: Hardware, assume: Assumptions, nodes: int | None = None, others: Sequence[Workload] = ()
+) -> Plan:
     """Arithmetic only: no device is touched.
 
     Args:
         nodes: that there are; None: as many as the roles take.
+        others: what comes before or after `work` in the same place: it has to fit too, and takes its time.
     """
+    plan = _planned(work, hardware, assume, nodes)
+    for other in others:
+        plan = _both(plan, _planned(other, hardware, assume, nodes))
+    return plan
+
+
+def _both(plan: Plan, other: Plan) -> Plan:
+    """Of two arms, what the one that takes more takes of each role's memory, and the seconds of both."""
+    fuller = {n: max(m, other.memory.get(n, m), key=lambda memory: memory.peak) for n, m in plan.memory.items()}
+    worst = {short.roles: short for short in sorted((*plan.shortfalls, *other.shortfalls), key=lambda s: s.over)}
+    warnings = tuple(dict.fromkeys((*plan.warnings, *other.warnings)))
+    seconds = plan.others_s + other.seconds
+    return replace(plan, memory=fuller, shortfalls=tuple(worst.values()), warnings=warnings, others_s=seconds)
+
+
+def _planned(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int | None) -> Plan:
     memory = {name: rank_memory(role, work, hardware, assume) for name, role in work.roles.items()}
     if work.train is not None:
         memory["train"] = rank_memory(work.train, work, hardware, assume)
@@ -103,7 +124,7 @@ def make_plan(work: Workload, hardware: Hardware, assume: Assumptions, nodes: in
     found = nodes or needed
     shortfalls = [*too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
     time = step_time(work, hardware, assume, memory)
-    warnings = tuple(_warnings(work, hardware, memory, time))
+    warnings = tuple(_warnings(work, time))
     return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
 
 
@@ -127,7 +148,24 @@ def _devices_missing(work: Workload, hardware: Hardware, nodes: int) -> list[Sho
         found.append(Shortfall(tuple(work.roles), asked - there, f"the roles take {asked:g} GPUs, {have}"))
     if work.gpu and trained > there:
         found.append(Shortfall(("train",), trained - there, f"train: {trained:g} GPUs, {have}"))
-    return found
+    return [*found, *_engines_without_a_node(work, hardware, nodes)]
+
+
+def _engines_without_a_node(work: Workload, hardware: Hardware, nodes: int) -> list[Shortfall]:
+    """The shards of an engine are processes of one actor: they share a node."""
+    rollout = work.roles["rollout"]
+    shards = rollout.devices if work.gpu else 1.0
+    if shards > hardware.per_node:
+        message = f"rollout: the {shards:g} GPUs of an engine share a node, which has {hardware.per_node}"
+        return [Shortfall(("rollout",), shards - hardware.per_node, message)]
+    room = nodes * int(hardware.per_node / shards + 1e-9)
+    if not work.gpu or rollout.ranks <= room or work.devices() > nodes * hardware.per_node:
+        return []
+    message = (
+        f"rollout: {rollout.ranks} engines of {shards:g} GPUs on one node each, and {nodes} {_nodes(nodes)} of "
+        f"{hardware.per_node} have room for {room}"
+    )
+    return [Shortfall(("rollout",), rollout.ranks - room, message)]
 
 
 def _trained_on(work: Workload) -> float:
@@ -184,7 +222,27 @@ def _heads_left_over(work: Workload) -> list[Shortfall]:
 
 def _host_too_small(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
     """What a node's processes hold in its own memory: what is offloaded, and what waits while others have a device."""
-    return [*_over_on_a_node(work, hardware, memory), *_over_on_a_training_node(work, hardware, memory)]
+    return [
+        *_over_on_a_node(work, hardware, memory),
+        *_over_on_a_training_node(work, hardware, memory),
+        *_over_at_the_start(work, hardware, memory),
+    ]
+
+
+def _over_at_the_start(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
+    """Models are read in float32 before they go to a device; under ZeRO-3 by rank 0 alone."""
+    found = []
+    for name, role in {**work.roles, **({"train": work.train} if work.train else {})}.items():
+        readers = 1 if role.zero_stage == 3 else min(role.ranks, hardware.per_node)
+        over = readers * memory[name].loading - hardware.host_bytes
+        if over > 0:
+            message = (
+                f"{name}: {'rank 0 reads' if readers == 1 else 'each rank reads'} the whole model in float32 into the "
+                f"host's memory, {readers * memory[name].loading / GIB:.0f} GiB a node, which has "
+                f"{hardware.host_bytes / GIB:.0f}"
+            )
+            found.append(Shortfall((name,), over, message))
+    return found
 
 
 def _over_on_a_training_node(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory]) -> list[Shortfall]:
@@ -251,7 +309,7 @@ def _over_on_a_cpu(work: Workload, hardware: Hardware, memory: Mapping[str, Rank
     return found
 
 
-def _warnings(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemory], time: StepTime) -> list[str]:
+def _warnings(work: Workload, time: StepTime) -> list[str]:
     found = []
     rollout = work.roles["rollout"]
     wanted = min(work.max_sequences, -(-work.batch_size // rollout.ranks))
@@ -259,17 +317,6 @@ def _warnings(work: Workload, hardware: Hardware, memory: Mapping[str, RankMemor
         found.append(
             f"rollout: the key/value cache holds {time.generation.places} sequences at once, {wanted} are asked for"
         )
-    if work.gpu:
-        # Under ZeRO-3 rank 0 alone reads the model.
-        ranks = {n: 1 if r.zero_stage == 3 else min(r.ranks, hardware.per_node) for n, r in work.roles.items()}
-        loading = {name: ranks[name] * memory[name].loading for name in work.roles if memory[name].loading}
-        name = max(loading, key=lambda n: loading[n])
-        if loading[name] > hardware.host_bytes:
-            found.append(
-                f"{name}: {'rank 0 reads' if ranks[name] == 1 else 'each rank reads'} the whole model in float32 into "
-                f"the host's memory, {loading[name] / GIB:.0f} GiB a node, which has {hardware.host_bytes / GIB:.0f}: "
-                "this version cannot start it so"
-            )
     return found
 
 

@@ -14,7 +14,7 @@ from rayrlhf.planning.catalogue import shape_named
 from rayrlhf.planning.shapes import ModelShape, from_scratch_config, shape_of
 from rayrlhf.planning.workload import LIVE_PARAMETERS, REDUCE_BUCKET, Role, Workload
 
-__all__ = ["WITHOUT_VALUES", "workload_of"]
+__all__ = ["TRAINING", "WITHOUT_VALUES", "longest_in_training", "workload_of"]
 
 # Advantage estimators that need no value model; algorithms.advantages, which says so too, imports torch.
 WITHOUT_VALUES = ("group_relative", "leave_one_out")
@@ -22,13 +22,12 @@ TRAINING = ("pretrain", "sft", "reward", "dpo")
 
 
 def workload_of(config: Config, assume: Assumptions) -> Workload:
-    """PPO as the config has it, of several arms the one that costs most, and the workers of the supervised stages.
+    """PPO as the config has it (its arms are configs of their own), and the workers of the supervised stages.
 
     Raises:
         ModelError: a model whose shape cannot be read.
         ConfigError: a key of DeepSpeed's that is no number.
     """
-    config = max(config.arms().values(), key=lambda arm: (arm.ppo.ptx.coef > 0) * arm.ppo.ptx.examples_per_episode)
     ppo, rollout, deepspeed = config.ppo, config.rollout, config.deepspeed
     policy = _policy_shape(config)
     longest_prompt, longest_response = config.data.max_prompt_tokens, rollout.max_tokens
@@ -68,7 +67,18 @@ def workload_of(config: Config, assume: Assumptions) -> Workload:
         train_micro_batch_tokens=max(
             (getattr(config, stage).micro_batch_tokens for stage in config.stages() if stage in TRAINING), default=0
         ),
+        train_longest=max(
+            (longest_in_training(config, stage, assume) for stage in config.stages() if stage in TRAINING), default=0
+        ),
     )
+
+
+def longest_in_training(config: Config, stage: str, assume: Assumptions) -> int:
+    """Tokens of a supervised stage that are never cut: a sequence, or every response that was ranked for a prompt."""
+    if stage == "pretrain":
+        return _block_tokens(config)
+    sequence = config.data.max_prompt_tokens + int(getattr(config, stage).max_response_tokens)
+    return round(sequence * {"sft": 1.0, "dpo": 2.0, "reward": assume["ranked_responses"]}[stage])
 
 
 def _gradient_dtype(config: Config) -> Literal["float32", "bfloat16"]:
@@ -140,7 +150,10 @@ def _roles(config: Config, policy: ModelShape, reward: ModelShape) -> dict[str, 
     if ppo.reward.sees_text:  # a function or a service: no model, and nobody knows how long it takes
         del roles["reward"]
     elif ppo.reward.kind == "ensemble":
-        roles["reward"] = replace(roles["reward"], copies=len(ppo.reward.models))
+        members = [shape_named(model, "ppo.reward.models").as_scalar() for model in ppo.reward.models]
+        largest = max(members, key=lambda shape: shape.parameters)
+        copies = sum(shape.parameters for shape in members) / largest.parameters
+        roles["reward"] = replace(roles["reward"], shape=largest, copies=copies)
     return roles
 
 

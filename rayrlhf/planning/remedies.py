@@ -69,11 +69,10 @@ def remedies(config: Config, plan: Plan, planned: Planner) -> list[Remedy]:
         if len(found) >= SHOWN:
             break
         if size == 1:
-            # What alone leaves least is tried with others first: tries may run out.
+            # What alone leaves least is tried with others first: tries may run out. What alone leaves all may still
+            # help beside another: the fullest moment hides the one behind it.
             left = {change: _left(plan, attempt(change.steps[-1])) for change in possible}
-            possible = sorted(
-                (change for change in possible if left[change] < len(plan.shortfalls)), key=lambda change: left[change]
-            )
+            possible = sorted(possible, key=lambda change: left[change])
     first = sorted(found.values(), key=lambda remedy: _cost(remedy.plan))[:SHOWN]
     more = sorted(spare, key=lambda remedy: _cost(remedy.plan))[: SHOWN - len(first)]
     return sorted([*first, *more], key=lambda remedy: _cost(remedy.plan))

@@ -25,6 +25,7 @@ __all__ = ["SETS", "overrides_of", "search", "smallest"]
 RANKS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 SHARDS = (1, 2, 4, 8)
 UTILIZATION = (0.9, 0.7, 0.5, 0.3)
+PHASES = ("generate", "score", "update", "move")
 Sets = tuple[tuple[str, ...], ...]
 # Who takes turns on the same GPUs; whoever is not named has its own.
 SETS: tuple[Sets, ...] = (
@@ -45,6 +46,7 @@ class _Place:
     score: float
     update: float
     generate: float = 0.0
+    move: float = 0.0
 
 
 def search(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int, gpus: int | None = None) -> list[Plan]:
@@ -54,6 +56,7 @@ def search(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int, 
         gpus: at most so many of the nodes'.
     """
     budget = gpus or nodes * hardware.per_node
+    work = replace(work, hpz=1, offload_param=False)  # which hold for some stages and numbers of ranks alone
     for offload in (False, True):
         best: dict[tuple[float, Sets, bool], tuple[float, Workload]] = {}
         for candidate, seconds in _candidates(replace(work, offload_optimizer=offload), hardware, assume, budget):
@@ -85,11 +88,18 @@ def smallest(work: Workload, hardware: Hardware, assume: Assumptions) -> list[Pl
     return []
 
 
-def overrides_of(plan: Plan) -> list[str]:
-    """The config keys that say this placement."""
+def overrides_of(plan: Plan, asked: Workload | None = None) -> list[str]:
+    """The config keys that say this placement.
+
+    Args:
+        asked: what it was searched for, whose own keys may have to go.
+    """
     work, roles = plan.work, plan.work.roles
     names = [name for name in ("policy", "value", "reference", "reward") if name in roles]
     keys = {f"cluster.{name}.ranks": roles[name].ranks for name in names}
+    # One rank has nothing to shard, whatever is said of all learners, or of all others.
+    learners = max(role.zero_stage for role in roles.values() if role.learns)
+    frozen = max(roles[name].zero_stage for name in ("reference", "reward") if name in roles)
     shared = ", ".join(f"[{', '.join(members)}]" for members in work.shared)
     return [
         *(f"{key}={value}" for key, value in keys.items()),
@@ -98,12 +108,22 @@ def overrides_of(plan: Plan) -> list[str]:
         f"rollout.engines={roles['rollout'].ranks}",
         f"rollout.tensor_parallel={roles['rollout'].devices:g}",
         f"rollout.gpu_memory_utilization={work.gpu_memory_utilization:g}",
-        f"ppo.zero_stage={roles['policy'].zero_stage}",
-        f"ppo.frozen_zero_stage={roles['reference'].zero_stage}",
+        f"ppo.zero_stage={learners}",
+        f"ppo.frozen_zero_stage={frozen}",
         f"ppo.micro_batch_tokens={work.micro_batch_tokens}",
         f"deepspeed.activation_checkpointing={str(work.checkpointing).lower()}",
         f"deepspeed.offload_optimizer={'cpu' if work.offload_optimizer else 'none'}",
+        *(_undone(asked, names) if asked else ()),
     ]
+
+
+def _undone(asked: Workload, names: Sequence[str]) -> Iterator[str]:
+    """What a search does not look at, and says otherwise."""
+    if asked.hpz > 1:
+        yield "deepspeed.zero_hpz_partition_size=1"
+    if asked.offload_param:
+        yield "deepspeed.offload_param=none"
+    yield from (f"cluster.{name}.gpus=null" for name in names if asked.roles[name].devices != 1)
 
 
 def _candidates(
@@ -118,7 +138,8 @@ def _candidates(
     engines = _Engines(hardware, assume, budget)
     least = max(work.longest, work.text_tokens)
     budgets = sorted({max(least, tokens) for tokens in (2048, 4096, 8192, 16384)})
-    stages = (1, 2, 3)
+    # A run takes at least 2 in bfloat16 (config/deepspeed.py); a form says how others do it.
+    stages = (1, 2, 3) if work.dtype == "float32" or work.gradient_dtype is None else (2, 3)
     for tokens, checkpointing, stage, frozen in itertools.product(budgets, (False, True), stages, (0, 3)):
         tried = replace(work, micro_batch_tokens=tokens, checkpointing=checkpointing)
         staged = replace(tried, roles=_staged(tried.roles, stage, frozen))
@@ -160,7 +181,7 @@ def _combined(
         if rest < 0 or places is None:
             continue
         every = [*chosen, *places]
-        seconds = sum(max(getattr(place, phase) for place in every) for phase in ("generate", "score", "update"))
+        seconds = sum(max(getattr(place, phase) for place in every) for phase in PHASES)
         roles = {name: role for place in every for name, role in place.roles.items()}
         yield replace(work, roles={name: roles[name] for name in work.roles}), seconds
 
@@ -217,6 +238,7 @@ def _options(
             sum(clock.score(role) for role in models),
             sum(clock.update(role) for role in models if role.learns),
             generation.seconds if generation else 0.0,
+            clock.moved(memory) if len(roles) > 1 else 0.0,
         )
 
 

@@ -198,7 +198,12 @@ def _llama_like(config: Config, name: str) -> ModelShape:
         head=config["vocab_size"] * hidden,
         tied=bool(config.get("tie_word_embeddings", False)),
         largest_layer=max(layer.total for layer in made),
-        largest_tensor=max(config["vocab_size"] * hidden, hidden * inner),
+        # The experts of a layer are one tensor, of two projections.
+        largest_tensor=max(
+            config["vocab_size"] * hidden,
+            hidden * inner,
+            2 * experts * _expert_width(config) * hidden if routed else 0,
+        ),
         mlp_width=width,
         gated=True,
         rms_norm=True,

@@ -140,11 +140,11 @@ class RoleClock:
         return self.hardware.flops(self.work.dtype) * self.assume[share] * devices
 
     def _bandwidth(self, ranks: int) -> float:
-        """At which a collective of so many ranks moves a buffer: each of a node's devices has its own port outside."""
+        """At which a collective of so many ranks moves a buffer: a node has a port for each device, or one."""
         here = self.hardware
         within = here.within.gb_s * 1e9
         if ranks > here.per_node and self.work.gpu:
-            within = min(within, here.between.gb_s * 1e9 * here.per_node)
+            within = min(within, here.between.gb_s * 1e9 * (1 if here.between.of_node else here.per_node))
         return within * self.assume["link_share"]
 
     def _gather(self, role: Role, ranks: int | None = None) -> float:
@@ -205,12 +205,13 @@ class RoleClock:
         """Everything of a role that shares its device leaves and comes back once a step, over the host's link."""
         if not self.work.gpu:
             return 0.0
+        sets = [roles for roles in self.work.device_sets() if len(roles) > 1]
+        return max((self.moved({name: memory[name] for name in roles}) for roles in sets), default=0.0)
+
+    def moved(self, memory: Mapping[str, RankMemory]) -> float:
+        """Of roles that have a device in turns."""
         speed = self.hardware.host.gb_s * 1e9 * self.assume["link_share"]
-        moved = []
-        for roles in self.work.device_sets():
-            if len(roles) > 1:
-                moved.append(sum(_moves(name, memory[name]) for name in roles))
-        return 2 * self.assume["moved"] * max(moved, default=0.0) / speed
+        return 2 * self.assume["moved"] * sum(_moves(name, held) for name, held in memory.items()) / speed
 
 
 def _moves(role: str, memory: RankMemory) -> float:

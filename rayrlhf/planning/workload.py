@@ -37,7 +37,7 @@ class Role:
     """parameters that learn (LoRA); None: all"""
     average: bool = False
     """an average of the weights is kept"""
-    copies: int = 1
+    copies: float = 1.0
     """models of this shape on each rank: of an ensemble, its members"""
 
     @property
@@ -89,6 +89,8 @@ class Workload:
     train: Role | None = None
     """the workers of the supervised stages: the largest of them"""
     train_micro_batch_tokens: int = 0
+    train_longest: int = 0
+    """tokens that stay in one micro-batch of theirs: a sequence, or all that were ranked"""
     gradient_dtype: Literal["float32", "bfloat16"] | None = None
     """that gradients add up in; None: the model's"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -72,7 +73,7 @@ def _planned(config: Config, gpus: _GPUs | None) -> Plan:
     hardware, nodes = asked.hardware, asked.nodes
     if gpus is not None and not config.plan.hardware:
         hardware, nodes = _with(hardware, gpus), nodes or gpus.nodes
-    plan = make_plan(asked.work, hardware, asked.assume, nodes)
+    plan = make_plan(asked.work, hardware, asked.assume, nodes, asked.others)
     if "ppo" in config.stages():
         return plan
     alone = tuple(short for short in plan.shortfalls if short.roles == ("train",))
@@ -103,7 +104,9 @@ def _of_cluster(nodes: list[NodeResources]) -> _GPUs:
         found = ", ".join(f"{count} x {kind or 'unknown'}" for kind, count in sorted(kinds, key=str)) or "none"
         raise ResourceError(f"its nodes have GPUs of {found}, and the plan is for equal nodes", "set plan.hardware")
     ((kind, count),) = kinds
-    name = _known(kind or "", 80.0)
+    name = _known(kind or "", None)
+    if name is None and kind and "A100" in kind:  # Ray calls those of 40 GB and of 80 by one name
+        raise ResourceError(f"its GPUs are {kind}, of 40 or 80 GB", "set plan.hardware to a100-40g or a100-80g")
     if name is None:
         raise ResourceError(f"its GPUs are {kind or 'of unknown kind'}, which the table lacks", "set plan.hardware")
     return _GPUs(f"{kind} of the cluster", name, count, len(with_gpus), min(node.host_gib for node in with_gpus))
@@ -117,12 +120,18 @@ def _memory_of_cluster(nodes: list[NodeResources]) -> _GPUs:
     return _GPUs("the cluster's CPU", "cpu", 0, 1, together)
 
 
-def _known(title: str, memory_gib: float) -> str | None:
-    """The table's name of a GPU."""
-    for part, name in NAMES.items():
-        if part in title:
-            return "a100-40g" if name == "a100-80g" and memory_gib < 48 else name
-    return None
+def _known(title: str, memory_gib: float | None) -> str | None:
+    """The table's name of a GPU; None too where it comes in two sizes and nobody says which."""
+    words = re.split(r"[^A-Za-z0-9]+", title)
+    name = next((name for part, name in NAMES.items() if part in words), None)
+    if name != "a100-80g":
+        return name
+    if memory_gib is None:
+        said = {"40G": 40.0, "40GB": 40.0, "80G": 80.0, "80GB": 80.0}
+        memory_gib = next((said[word] for word in words if word in said), None)
+    if memory_gib is None:
+        return None
+    return "a100-40g" if memory_gib < 48 else name
 
 
 def _with(hardware: Hardware, gpus: _GPUs) -> Hardware:

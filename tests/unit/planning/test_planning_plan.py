@@ -154,7 +154,11 @@ def test_a_search_finds_only_what_fits_and_says_it_in_keys(seven: Callable[..., 
 
 @pytest.mark.parametrize(
     "keys",
-    [("ppo.pacing.kind=overlap", "ppo.importance_cap=2.0"), ("weights.transport=nccl",), ("weights.transport=ipc",)],
+    [
+        ("ppo.pacing.kind=overlap", "ppo.importance_cap=2.0"),
+        ("weights.transport=nccl",),
+        ("weights.transport=ipc", "cluster.shared=[[policy, rollout]]", "rollout.engines=8"),
+    ],
 )
 def test_what_a_search_finds_the_config_takes(keys: tuple[str, ...], seven: Callable[..., Config]) -> None:
     plans = search(asked_of(seven(*keys)).work, H100, GPU, nodes=1)

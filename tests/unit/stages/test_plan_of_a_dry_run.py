@@ -63,6 +63,7 @@ def test_a_model_that_the_plan_does_not_know_is_no_reason_to_refuse_the_run() ->
 
 def test_a_gpu_that_the_table_lacks_is_judged_by_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     small = config(["sft"], "model.path=meta-llama/Llama-2-7b-hf", "sft.zero_stage=3")
+    monkeypatch.setattr("rayrlhf.planning.hardware._memory_here_gib", lambda: 256.0)
     with_gpus(monkeypatch, "NVIDIA H100 80GB HBM3", 79.1, 8)
     assert "train" in shown(small)
     with_gpus(monkeypatch, "NVIDIA GeForce RTX 4090", 23.6, 8)
@@ -123,12 +124,30 @@ def test_the_plan_is_for_the_cluster_that_the_run_would_join(monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
+    ("title", "memory", "name"),
+    [
+        ("A100-40G", None, "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", None, "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-40g"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100-80g"),
+        ("H200", None, "h200-141g"),
+        ("A100", None, None),
+        ("NVIDIA GH200 480GB", 94.5, None),
+    ],
+)
+def test_a_gpu_is_found_in_the_table_by_its_whole_name(title: str, memory: float | None, name: str | None) -> None:
+    assert plan._known(title, memory) == name
+
+
+@pytest.mark.parametrize(
     ("nodes", "why"),
     [
         ([], "no Ray cluster answers"),
         ([NodeResources(8, "H100", 1e3), NodeResources(8, "A100", 1e3)], "GPUs of 8 x A100, 8 x H100"),
         ([NodeResources(8, None, 1e3)], "its GPUs are of unknown kind, which the table lacks"),
         ([NodeResources(0, None, 1e3)], "its nodes have GPUs of none"),
+        ([NodeResources(8, "A100", 1e3)], "its GPUs are A100, of 40 or 80 GB"),
+        ([NodeResources(8, "GH200", 1e3)], "its GPUs are GH200, which the table lacks"),
     ],
 )
 def test_a_cluster_that_cannot_be_judged_is_said_and_the_plan_shown_all_the_same(
