@@ -3,10 +3,9 @@
     python benchmarks/plan_time.py [--cases 10M:32:128,10M:64:96,30M:32:192] [--json]
 
 A case is a size, responses a step and tokens of the longest response; none of them is used in calibrating, which is
-done again before each: a shared machine is not equally fast all the time. Measured is
-the stage `ppo` as `rayrlhf run` runs it, with given log-normal lengths, a quarter of the longest in the mean;
-its seconds are those of its own records, medians of the steps after the first. The plan is told the mean lengths and
-their spread, and nothing else.
+done again before each: a shared machine is not equally fast all the time. Measured is the stage `ppo` as `rayrlhf run`
+runs it, with given log-normal lengths, a quarter of the longest in the mean; its seconds are those of its own records,
+medians of the steps after the first. The plan is told the mean lengths and their spread, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from rich.console import Console
 from rayrlhf.config import Config
 from rayrlhf.config.model import FromScratch
 from rayrlhf.launch.calibrate import measure_this_machine
-from rayrlhf.planning.command import asked_of
-from rayrlhf.planning.plan import Plan, make_plan
+from rayrlhf.planning.command import asked_of, plan_of
+from rayrlhf.planning.plan import Plan
 from rayrlhf.stages import roles
 from rayrlhf.stages.context import StageContext
 from rayrlhf.stages.datasets import Datasets
@@ -86,8 +85,7 @@ def plan(config: Config, hardware: Path, prompt: float, lengths: list[int]) -> P
         "response_share": mean / config.rollout.max_tokens,
         "response_spread": spread,
     }
-    asked = asked_of(config, str(hardware), assume=told)
-    return make_plan(asked.work, asked.hardware, asked.assume, asked.nodes)
+    return plan_of(asked_of(config, str(hardware), assume=told))
 
 
 def run(config: Config, data: Datasets, lengths: list[int], folder: Path) -> dict[str, float]:

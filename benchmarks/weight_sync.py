@@ -11,7 +11,6 @@ Medians of 7 rounds; the last line is JSON.
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -22,23 +21,17 @@ import numpy as np
 import ray
 import torch
 import typer
-from common import engine_settings, machine, print_result, print_table
+from common import machine, print_result, print_table
 
-from rayrlhf.actors.group import ActorGroup
-from rayrlhf.actors.models import ModelSettings, PolicyActor
-from rayrlhf.actors.placement import RolePlacement
-from rayrlhf.actors.pool import EnginePool
 from rayrlhf.actors.rollout import RolloutActor
 from rayrlhf.config.model import FromScratch
 from rayrlhf.config.ppo import WeightsConfig
-from rayrlhf.data.batching import Cutting
-from rayrlhf.engines.deepspeed import LearnerSettings
-from rayrlhf.models.build import from_scratch
+from rayrlhf.launch.pair import Pair, PairPolicy, PairSettings
 from rayrlhf.types import PromptTokens
-from rayrlhf.weights.probe import probe_rows
-from rayrlhf.weights.publish import PUBLISH_PARTS, Publication, WeightPublisher
+from rayrlhf.weights.publish import PUBLISH_PARTS, Publication
 
-ROUNDS, CONTEXT, EOS, START_S = 7, 128, 0, 300.0
+ROUNDS, CONTEXT = 7, 128
+PROMPT = PromptTokens(0, np.arange(1, 9, dtype=np.int32))
 # The last one has the bytes of 4M in 17 times as many tensors.
 SHAPES = {
     "4M": FromScratch(vocab_size=2048, hidden_size=256, layers=4, heads=4, context=CONTEXT),
@@ -50,14 +43,17 @@ SHAPES = {
 }
 
 
-class Policy(PolicyActor):
-    _tokenizer = "none: nothing is decoded here"
-
+class Policy(PairPolicy):
     _source = _target = torch.empty(0, dtype=torch.uint8)
+
+    def counted(self) -> tuple[int, int]:
+        """Bytes and tensors of the model."""
+        parameters = list(self._published_module().parameters())
+        return sum(p.nbytes for p in parameters), len(parameters)
 
     def plain_copy(self) -> float:
         """Seconds to copy as many bytes as the model has from one buffer to another."""
-        nbytes = sum(p.nbytes for p in self._published_module().parameters())
+        nbytes, _ = self.counted()
         if self._source.numel() != nbytes:
             self._source, self._target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
         start = perf_counter()
@@ -68,12 +64,13 @@ class Policy(PolicyActor):
 class Rollout(RolloutActor):
     _weights: dict[str, torch.Tensor] | None = None
 
-    def reload_from_memory(self, folder: str) -> float:
+    def reload_from_memory(self) -> float:
         """Seconds of vLLM's own reload of a checkpoint that was read into memory before."""
         from safetensors.torch import load_file
 
         if self._weights is None:  # a copy: what is read is mapped from the file
-            self._weights = {n: t.clone() for n, t in load_file(Path(folder) / "model.safetensors").items()}
+            saved = load_file(Path(self._settings.model) / "model.safetensors")
+            self._weights = {n: t.clone() for n, t in saved.items()}
         weights = self._weights
 
         def reload(worker: Any) -> float:
@@ -104,66 +101,37 @@ def main(
 
 
 async def _measure(size: str, engines: int, rounds: int, bucket_bytes: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        model = from_scratch(SHAPES[size], SHAPES[size].vocab_size, EOS, 1, seed=0).lm
-        model.save_pretrained(folder)
-        nbytes = sum(p.nbytes for p in model.parameters())
-        tensors = len(list(model.parameters()))
-        del model
-        groups = await _start(folder, engines, bucket_bytes)
-        try:
-            return {"size": size, "mib": nbytes / 2**20, "tensors": tensors, "engines": engines} | await _rounds(
-                *groups, folder, SHAPES[size].vocab_size, rounds
-            )
-        finally:
-            for group in groups:
-                await group.call("close")
-                group.close()
-
-
-async def _start(folder: str, engines: int, bucket_bytes: int) -> tuple[ActorGroup, ActorGroup]:
-    logs = f"{tempfile.gettempdir()}/rayrlhf-weight-sync"
-    learner = LearnerSettings(1, "float32", "cpu", 1e-4, (0.9, 0.95), 1e-5, 0.0, 1.0, 1e3, logs, "policy")
-    settings = ModelSettings(
-        path=folder,
-        dtype="float32",
+    settings = PairSettings(
+        name="bench",
+        shape=SHAPES[size],
         device="cpu",
-        trust_remote_code=False,
-        cutting=Cutting(4096),
-        zero_stage=1,
-        temperature=1.0,
-        learner=learner,
-        transport="shared_memory",
+        max_tokens=32,
+        sequences=64,
         bucket_bytes=bucket_bytes,
-        run="bench",
+        engines=engines,
     )
-    policy = ActorGroup(RolePlacement("policy", 1, 0.5, 0, 1), START_S)
-    rollout = ActorGroup(RolePlacement("rollout", engines, 0.5, 0, 1), START_S)
-
-    async def start_policy() -> None:
-        await policy.spawn(Policy, [(f"{logs}/policy.log", settings)], START_S)
-        await policy.call("start", each=[(r,) for r in await policy.rendezvous("cpu", False, START_S)])
-
-    async def start_engines() -> None:
-        engine = engine_settings(folder, CONTEXT, 32, 64, 1)
-        await rollout.spawn(Rollout, [(f"{logs}/rollout-{i}.log", engine) for i in range(engines)], START_S)
-        await rollout.call("start", [PromptTokens(0, np.arange(1, 9, dtype=np.int32))])
-
-    await asyncio.gather(start_policy(), start_engines())
-    return policy, rollout
+    pair, whole = Pair(settings, [PROMPT]), False
+    try:
+        await pair.spawn(Policy, Rollout)
+        await asyncio.gather(pair.start_policy(), pair.start_engines())
+        (nbytes, tensors), *_ = await pair.policy.call("counted")
+        row = {"size": size, "mib": nbytes / 2**20, "tensors": tensors, "engines": engines}
+        row |= await _rounds(pair, rounds)
+        whole = True
+        return row
+    finally:
+        await pair.close(logs=whole)
 
 
-async def _rounds(policy: ActorGroup, rollout: ActorGroup, folder: str, vocab: int, rounds: int) -> dict[str, Any]:
-    publisher = WeightPublisher(probe_rows(vocab, 64, CONTEXT), "float32", None)
-    pool = EnginePool(rollout, policy, publisher, [])
+async def _rounds(pair: Pair, rounds: int) -> dict[str, Any]:
     publishes: list[Publication] = []
     copies: list[float] = []
     reloads: list[float] = []
     for version in range(rounds + 2):  # the first two warm up
-        publishes.append(await pool.publish(version))
-        reloads.append(max(await rollout.call("reload_from_memory", folder)))
-        copies.append((await policy.call("plain_copy"))[0])
-        await rollout.call("reload_from_memory", folder)
+        publishes.append(await pair.pool.publish(version))
+        reloads.append(max(await pair.rollout.call("reload_from_memory")))
+        copies.append((await pair.policy.call("plain_copy"))[0])
+        await pair.rollout.call("reload_from_memory")
     return _row(publishes[2:], copies[2:], reloads[2:])
 
 

@@ -1,8 +1,8 @@
 """`rayrlhf plan --calibrate`: the product's own engines on this CPU for a while, as a hardware file for the plan.
 
 Two small models learn and score; one samples, at two sizes of batch, and takes new weights. What the plan assumes of a
-CPU is then set so that it would have foreseen these seconds. Each is the least of a few: what else runs on the machine
-can only add.
+CPU is then set so that it would have foreseen these seconds. Each but a publish's is the least of a few: what else runs
+on the machine can only add.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -67,7 +68,7 @@ class Measured:
     decode: Mapping[int, float]
     """one more token of each sequence"""
     publish: float
-    """of the larger model, to one engine, after both have done other work"""
+    """of the larger model, to one engine, after both have done other work; a median: caches are never warm in a run"""
 
 
 def calibrate(learner_threads: int, engine_threads: int) -> Measured:
@@ -199,7 +200,7 @@ async def _measure(learner_threads: int, engine_threads: int) -> Measured:
     pair, problem = Pair(settings, prompts), None
     try:
         await pair.spawn(_Policy, _Engine)
-        await asyncio.gather(pair.start_policy(), pair.start_engine())
+        await asyncio.gather(pair.start_policy(), pair.start_engines())
         await pair.pool.publish(0)
         learned = (await pair.policy.call("measure", timeout_s=PATIENCE_S))[0]
         sampled = (await pair.rollout.call("measure", timeout_s=PATIENCE_S))[0]
@@ -219,7 +220,7 @@ async def _publishing(pair: Pair) -> float:
             pass
         await pair.policy.call("learn")
         seconds.append((await pair.pool.publish(version)).seconds)
-    return min(seconds)
+    return median(seconds)
 
 
 class _Policy(PairPolicy):

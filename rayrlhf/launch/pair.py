@@ -1,4 +1,4 @@
-"""A policy and one engine beside it, small, with a model of their own: for what is tried or timed outside of a run.
+"""A policy and engines beside it, with a small model of their own: for what is tried or timed outside of a run.
 
 All of it is the product's own: the actors of a run, its publisher, its pool of engines.
 """
@@ -46,12 +46,13 @@ class PairSettings:
     sequences: int
     """of the engine's batch"""
     bucket_bytes: int
+    engines: int = 1
     threads: tuple[int, int] = (1, 1)
     """of policy and engine"""
     gpus: float = 0.0
     """for each of them"""
     resources: Mapping[str, float] = field(default_factory=dict)
-    """of the node for both"""
+    """of the node for all"""
 
     @property
     def dtype(self) -> str:
@@ -71,7 +72,7 @@ class PairPolicy(PolicyActor):
 
 
 class Pair:
-    """Ray has to be there. Use as: `spawn`, then `start_policy` and `start_engine`, together or not; `close`."""
+    """Ray has to be there. Use as: `spawn`, then `start_policy` and `start_engines`, together or not; `close`."""
 
     def __init__(self, settings: PairSettings, prompts: Sequence[PromptTokens]) -> None:
         self.settings = settings
@@ -79,7 +80,7 @@ class Pair:
         """on its node: model and logs"""
         s, (learning, sampling) = settings, settings.threads
         self.policy = ActorGroup(RolePlacement("policy", 1, 0, s.gpus, learning, s.resources), CALL_S)
-        self.rollout = ActorGroup(RolePlacement("rollout", 1, 0, s.gpus, sampling, s.resources), CALL_S)
+        self.rollout = ActorGroup(RolePlacement("rollout", s.engines, 0, s.gpus, sampling, s.resources), CALL_S)
         rows = probe_rows(s.shape.vocab_size, PROBED, s.shape.context)
         publisher = WeightPublisher(rows, s.dtype, None)
         self._prompts = list(prompts)
@@ -88,14 +89,15 @@ class Pair:
     async def spawn(self, policy: type[PairPolicy] = PairPolicy, engine: type[RolloutActor] = RolloutActor) -> None:
         """Processes, and the model's files."""
         await self.policy.spawn(policy, [(f"{self.folder}/policy.log", self._policy_settings())], START_S)
-        await self.rollout.spawn(engine, [(f"{self.folder}/rollout.log", self._engine_settings())], START_S)
+        logs = [f"{self.folder}/rollout-{i}.log" for i in range(self.settings.engines)]
+        await self.rollout.spawn(engine, [(log, self._engine_settings()) for log in logs], START_S)
         await self.policy.call("build", self.settings.shape, timeout_s=START_S)
 
     async def start_policy(self) -> None:
         meeting = await self.policy.rendezvous(self.settings.device, False, START_S)
         await self.policy.call("start", each=[(rank,) for rank in meeting], timeout_s=START_S)
 
-    async def start_engine(self) -> None:
+    async def start_engines(self) -> None:
         await self.rollout.call("start", self._prompts, timeout_s=START_S)
 
     async def close(self, logs: bool) -> None:

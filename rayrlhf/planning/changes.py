@@ -11,7 +11,7 @@ from rayrlhf.planning.reading import TRAINING, longest_in_training
 from rayrlhf.planning.search import SETS
 from rayrlhf.planning.workload import fitting_transport
 
-__all__ = ["TRAINING", "Change", "changes"]
+__all__ = ["Change", "changes"]
 
 MODELS = ("policy", "value", "reference", "reward")
 PARTS = (2, 4, 8)

@@ -132,7 +132,8 @@ def hardware_named(name: str) -> Hardware:
         first = next(iter(own.devices), None)
         if first is None:
             raise ConfigError(f"{name}: devices is empty", "describe one as rayrlhf/planning/hardware.yaml does")
-        return _resolved(first, own.devices[first], _builtin().links | own.links, own.assumptions, name)
+        found = _resolved(first, own.devices[first], _builtin().links | own.links, own.assumptions, name)
+        return found.model_copy(update={"file": name})
     table = _builtin()
     if name not in table.devices:
         near = difflib.get_close_matches(name, table.devices, n=1, cutoff=0.5)
@@ -150,8 +151,7 @@ def _resolved(
         if wanted not in links:
             raise ConfigError(f"{source}: devices.{name}.{place}: no link {wanted!r}", f"one of {', '.join(links)}")
         found[place] = links[wanted]
-    file = source if source.endswith((".yaml", ".yml")) else ""
-    return Hardware(name=name, device=device, assumptions=assumptions, file=file, **found)
+    return Hardware(name=name, device=device, assumptions=assumptions, **found)
 
 
 @cache

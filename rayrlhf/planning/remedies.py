@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from rayrlhf.config import Config, config_from
 from rayrlhf.errors import ConfigError, ResourceError
-from rayrlhf.planning.changes import TRAINING, Change, changes
+from rayrlhf.planning.changes import Change, changes
 from rayrlhf.planning.plan import Plan
 
-__all__ = ["TRAINING", "Remedy", "check_fits", "remedies"]
+__all__ = ["Remedy", "check_fits", "remedies"]
 
 SHOWN = 3
 # Keys that are changed together at most, and plans that are made at most: some seconds.

@@ -16,7 +16,8 @@ from rayrlhf.errors import ModelError, ResourceError
 from rayrlhf.planning.command import asked_of
 from rayrlhf.planning.hardware import GIB, Hardware
 from rayrlhf.planning.plan import Plan, make_plan
-from rayrlhf.planning.remedies import TRAINING, check_fits
+from rayrlhf.planning.reading import TRAINING
+from rayrlhf.planning.remedies import check_fits
 from rayrlhf.planning.show import show_plan, show_training
 
 __all__ = ["show_and_check"]

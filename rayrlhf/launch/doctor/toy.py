@@ -64,7 +64,7 @@ async def _start_and_publish(node: Node, device: str) -> tuple[Started, Publishe
 
 async def _seconds_to_start(pair: Pair) -> float:
     start = perf_counter()
-    await pair.start_engine()
+    await pair.start_engines()
     return perf_counter() - start
 
 

@@ -12,7 +12,7 @@ from rayrlhf.config import config_from
 from rayrlhf.errors import ConfigError, ResourceError
 from rayrlhf.planning.assumptions import assumptions_for
 from rayrlhf.planning.catalogue import shape_named
-from rayrlhf.planning.command import asked_of
+from rayrlhf.planning.command import asked_of, plan_of
 from rayrlhf.planning.form import lora_parameters, read_form
 from rayrlhf.planning.hardware import hardware_named
 from rayrlhf.planning.memory import kv_bytes_per_token
@@ -121,7 +121,7 @@ def test_too_few_gpus_are_met_with_fewer_ranks_and_shared_devices() -> None:
 
     def planned(other: object) -> Plan:
         asked = asked_of(other)  # type: ignore[arg-type]
-        return make_plan(asked.work, asked.hardware, asked.assume, asked.nodes)
+        return plan_of(asked)
 
     with pytest.raises(ResourceError) as error:
         check_fits(config, planned(config), planned)

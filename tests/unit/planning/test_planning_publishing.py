@@ -10,7 +10,7 @@ import pytest
 
 from rayrlhf.config import load_config
 from rayrlhf.planning.assumptions import assumptions_for
-from rayrlhf.planning.command import asked_of
+from rayrlhf.planning.command import asked_of, plan_of
 from rayrlhf.planning.hardware import GIB, hardware_named
 from rayrlhf.planning.memory import RankMemory, rank_memory, set_peak
 from rayrlhf.planning.plan import Plan, make_plan
@@ -31,7 +31,7 @@ def memory_of(work: Workload, role: str, hardware: str = "h100-80g") -> RankMemo
 
 def planned(*overrides: str, config: str = "configs/tiny.yaml") -> Plan:
     asked = asked_of(load_config(ROOT / config, overrides, {}))
-    return make_plan(asked.work, asked.hardware, asked.assume, asked.nodes)
+    return plan_of(asked)
 
 
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
