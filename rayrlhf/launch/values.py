@@ -166,6 +166,8 @@ class Values(Section):
         if self.config is None and any(group.nodes is None for group in self.workers.values()):
             names = ", ".join(name for name, group in self.workers.items() if group.nodes is None)
             raise ValueError(f"workers.<group>.nodes is left out ({names}) and so is config: nothing says how many")
+        if "head" in self.workers:
+            raise ValueError("workers.head: the launcher calls the node of the head so; take another name")
         if self.slurm.group is not None and self.slurm.group not in self.workers:
             raise ValueError(f"slurm.group: workers has no {self.slurm.group}; one of {', '.join(self.workers)}")
         return self

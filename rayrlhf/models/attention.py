@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
+
+if TYPE_CHECKING:  # see build.py
+    from transformers import PreTrainedModel
 
 __all__ = ["FLASH", "SDPA", "attention_for", "rows_for", "use_attention"]
 
@@ -24,6 +28,8 @@ def attention_for(device: str, dtype: str) -> str:
 
 def use_attention(module: nn.Module, device: str, dtype: str) -> str:
     """Let the Hugging Face model inside `module` attend as `attention_for` says, if it can; what it does then."""
+    from transformers import PreTrainedModel
+
     wanted, found = attention_for(device, dtype), SDPA
     for model in module.children():
         if isinstance(model, PreTrainedModel):

@@ -10,17 +10,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PretrainedConfig
 
 from rayrlhf.config.model import FromScratch
 from rayrlhf.errors import ModelError
@@ -28,6 +22,10 @@ from rayrlhf.models.attention import rows_for
 from rayrlhf.models.folder import check_weights
 from rayrlhf.models.logprobs import token_logprobs
 from rayrlhf.models.sharding import empty_model, reads_weights
+
+# The classes of models are imported where one is built: that takes seconds, and a driver builds none.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "PolicyModel",
@@ -117,6 +115,8 @@ def checkpoint_activations(module: nn.Module) -> None:
     Raises:
         ModelError: the model's architecture cannot.
     """
+    from transformers import PreTrainedModel
+
     for model in module.children():
         if isinstance(model, PreTrainedModel):
             if not model.supports_gradient_checkpointing:
@@ -170,6 +170,8 @@ def from_scratch(spec: FromScratch, vocab_size: int, eos: int, pad: int, seed: i
             max_position_embeddings=spec.context,
             **common,
         )
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(seed)
     return PolicyModel(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
@@ -217,6 +219,8 @@ def load_policy(
     Args:
         zero_stage: of the engine that gets the model. Under 3 all ranks but the first come away with empty parameters.
     """
+    from transformers import AutoModelForCausalLM
+
     config = _without_dropout(read_config(path, trust_remote_code))
     if residual_dropout:
         if not has_residual_dropout(config):
@@ -228,7 +232,7 @@ def load_policy(
 def load_scalar(path: str, trust_remote_code: bool, *, zero_stage: int = 0) -> ScalarModel:
     """A reward or value model with its head, in float32; `zero_stage` as of `load_policy`."""
     config = _without_dropout(read_config(path, trust_remote_code))
-    classifier, missing = _load(AutoModelForSequenceClassification, path, config, trust_remote_code, zero_stage)
+    classifier, missing = _load_classifier(path, config, trust_remote_code, zero_stage)
     if heads := sorted(key for key in missing if key.startswith("score")):
         raise ModelError(f"{path}: the model has no trained reward head ({', '.join(heads)} missing)")
     return ScalarModel(classifier)
@@ -259,10 +263,18 @@ def zero_scalar(path: str, trust_remote_code: bool, *, zero_stage: int = 0) -> S
 def _with_head(path: str, trust_remote_code: bool, zero_stage: int) -> ScalarModel:
     config = _without_dropout(read_config(path, trust_remote_code))
     config.num_labels = 1
-    classifier, _ = _load(AutoModelForSequenceClassification, path, config, trust_remote_code, zero_stage)
+    classifier, _ = _load_classifier(path, config, trust_remote_code, zero_stage)
     model = ScalarModel(classifier)
     model.normalise(0.0, 1.0)  # a model to be trained counts as it is
     return model
+
+
+def _load_classifier(
+    path: str, config: PretrainedConfig, trust_remote_code: bool, zero_stage: int
+) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(AutoModelForSequenceClassification, path, config, trust_remote_code, zero_stage)
 
 
 def _load(

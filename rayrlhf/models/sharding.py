@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.initialization import no_init_weights
 
 __all__ = ["empty_model", "reads_weights", "shard"]
 
@@ -31,6 +30,8 @@ def empty_model(kind: Any, config: PretrainedConfig, trust_remote_code: bool) ->
 
     Memory that nobody has written to costs nothing.
     """
+    from transformers.initialization import no_init_weights  # imports all that a model needs: see build.py
+
     with no_init_weights():
         model = kind.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.tie_weights()

@@ -6,18 +6,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from rayrlhf.data.batching import Cutting, pad_rows
 from rayrlhf.data.prompts import LMExample
 from rayrlhf.engines.deepspeed import FrozenModel, Learner
 from rayrlhf.errors import TrainingError
 from rayrlhf.supervised.ranking import score_sequences
+
+if TYPE_CHECKING:  # see models/build.py
+    from transformers import PreTrainedModel
 
 __all__ = ["BestEpoch", "ResponseLimits", "greedy_responses", "mean_reward", "spread_prompts"]
 
@@ -101,6 +103,8 @@ def greedy_responses(
     lm: PreTrainedModel, prompts: Sequence[np.ndarray], limits: ResponseLimits, batch_tokens: int, device: torch.device
 ) -> list[np.ndarray]:
     """Prompt and response of each, int32 [T]: the likeliest token at every place, to the EOS or the limit."""
+    from transformers import GenerationConfig
+
     if not prompts:
         return []
     size = max(1, batch_tokens // (max(map(len, prompts)) + limits.tokens))

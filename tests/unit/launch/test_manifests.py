@@ -77,6 +77,7 @@ def test_the_command_line_writes_what_it_says_and_explains_a_bad_value(tmp_path:
         ("command: [run]\nname: Big_One", "name: found 'Big_One'; string should match pattern"),
         ("command: [run]\nworkers: {cpu: {nodes: 3, most: 2}}", "workers.cpu: most 2 is less than nodes 3"),
         ("command: [run]\nworkers: {cpu: {nodes: 1}}\nslurm: {group: gpu}", "slurm.group: workers has no gpu"),
+        ("command: [run]\nworkers: {head: {nodes: 1}}", "workers.head: the launcher calls the node of the head so"),
         ("command: [run]\nworkers: {cpu: {nodes: 1}}\nlauncher: {provider: {type: local}}", "give provider.head_ip"),
         ("command: [run]\nworkers: {cpu: {nodes: 1}}\nkubernetes: {tokn: abc}", "kubernetes.tokn: unknown key"),
     ],

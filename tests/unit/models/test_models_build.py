@@ -1,6 +1,8 @@
 """Models made, saved and read again: shapes by hand, heads, normalisation, dropout."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -249,3 +251,11 @@ def test_a_model_without_a_linear_score_is_refused():
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     with pytest.raises(ModelError, match="GPT2LMHeadModel has no linear head called `score`"):
         ScalarModel(lm)
+
+
+def test_a_driver_imports_none_of_what_a_model_is_made_of() -> None:
+    """It builds none, and they take as long to import as all the rest."""
+    heavy = "{'transformers.modeling_utils', 'torch._dynamo', 'deepspeed', 'vllm', 'datasets'}"
+    code = f"import sys, rayrlhf.stages.run; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
