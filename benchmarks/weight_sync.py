@@ -5,7 +5,8 @@
 Each round, in turn and in the same processes: a publish (gather, shared memory, fingerprints, re-pack, probe, commit);
 vLLM's own `reload_weights` from tensors that lie in the engine's memory, on all engines at once; one plain copy of as
 many bytes in the policy's process; a reload again. So publish and copy both find the caches as a reload leaves them.
-Medians of 7 rounds; the last line is JSON.
+A publish is timed by the driver, which asks for it; a reload inside the engine ("reload") and by the driver as well
+("asked_reload", with the call to the actor and back). Medians of 7 rounds; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -127,15 +128,20 @@ async def _rounds(pair: Pair, rounds: int) -> dict[str, Any]:
     publishes: list[Publication] = []
     copies: list[float] = []
     reloads: list[float] = []
+    asked: list[float] = []
     for version in range(rounds + 2):  # the first two warm up
         publishes.append(await pair.pool.publish(version))
+        start = perf_counter()
         reloads.append(max(await pair.rollout.call("reload_from_memory")))
+        asked.append(perf_counter() - start)
         copies.append((await pair.policy.call("plain_copy"))[0])
         await pair.rollout.call("reload_from_memory")
-    return _row(publishes[2:], copies[2:], reloads[2:])
+    return _row(publishes[2:], copies[2:], reloads[2:], asked[2:])
 
 
-def _row(publishes: Sequence[Publication], copies: Sequence[float], reloads: Sequence[float]) -> dict[str, Any]:
+def _row(
+    publishes: Sequence[Publication], copies: Sequence[float], reloads: Sequence[float], asked: Sequence[float]
+) -> dict[str, Any]:
     def milliseconds(name: str) -> float:
         return 1000 * median(getattr(p, name) for p in publishes)
 
@@ -145,8 +151,10 @@ def _row(publishes: Sequence[Publication], copies: Sequence[float], reloads: Seq
         "publish": milliseconds("seconds"),
         "copy": 1000 * median(copies),
         "reload": 1000 * median(reloads),
+        "asked_reload": 1000 * median(asked),
         "moved_to_copy_ratio": median((p.gather_s + p.transfer_s) / c for p, c in zip(publishes, copies, strict=True)),
         "publish_to_reload_ratio": median(p.seconds / r for p, r in zip(publishes, reloads, strict=True)),
+        "publish_to_asked_reload_ratio": median(p.seconds / r for p, r in zip(publishes, asked, strict=True)),
     }
 
 

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from rayrlhf.engines.vllm_layers import create_reload
+from rayrlhf.models.vllm_layers import create_reload
 from rayrlhf.weights.buckets import BucketHeader, fingerprint, unpack
 from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
 

@@ -52,7 +52,7 @@ PREFILL_TOKENS = 4096
 # Buckets that a sender writes in turn, and transports that have them on GPUs (weights/transports).
 SEGMENTS = 2
 ON_DEVICE = ("nccl", "ipc")
-# Bytes of freed memory that an engine's process keeps on a CPU (LARGEST_KEPT of engines/vllm_layers.py).
+# Bytes of freed memory that an engine's process keeps on a CPU (LARGEST_KEPT of models/vllm_layers.py).
 KEPT = 2**30
 
 
@@ -137,7 +137,7 @@ def _receiving(role: Role, work: Workload) -> dict[str, float]:
     if work.gpu:
         bucket = _bucket(shape, work) if work.transport in ON_DEVICE else largest
         return {"bucket": bucket, "waits for its layer": waits}
-    # What vLLM loaded and then packed stays with the process, freed (engines/vllm_layers.py); tables stay as they came.
+    # What vLLM loaded and then packed stays with the process, freed (models/vllm_layers.py); tables stay as they came.
     layers = size * (shape.parameters - shape.head * (1 if shape.tied else 2))
     return {"waits for its layer": waits, "freed and kept": float(min(layers, KEPT))}
 

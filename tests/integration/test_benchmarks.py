@@ -88,6 +88,7 @@ def test_the_publish_that_is_timed_is_a_whole_one() -> None:
     # Hashing runs on both sides, and the policy's probe beside the engine's load.
     assert parts < row["publish"]
     assert row["publish_to_reload_ratio"] > 1, "it does what a reload does, and more"
+    assert row["asked_reload"] > row["reload"], "a call to an actor takes time"
     assert row["moved_to_copy_ratio"] > 0.5, "a copy at the least, and both may be lucky"
 
 

@@ -32,7 +32,7 @@ def receiver(pair: Pair) -> Any:
 
 
 def vllms_way(pair: Pair) -> Any:
-    from rayrlhf.engines.vllm_layers import LayerwiseReload
+    from rayrlhf.models.vllm_layers import LayerwiseReload
 
     return LayerwiseReload(receiver(pair).model, receiver(pair).model_config)
 
@@ -46,7 +46,7 @@ def test_a_layer_that_is_packed_in_a_way_of_its_own_gives_the_model_to_vllm(
 ) -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-    from rayrlhf.engines.vllm_layers import LayerwiseReload, create_reload
+    from rayrlhf.models.vllm_layers import LayerwiseReload, create_reload
 
     class Quantized(UnquantizedLinearMethod):
         pass
@@ -77,7 +77,7 @@ def one_bucket(pair: Pair) -> Iterator[None]:
 def test_layers_are_packed_from_the_bucket_itself_and_keep_nothing_of_it(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rayrlhf.engines import vllm_layers
+    from rayrlhf.models import vllm_layers
 
     copied: list[tuple[int, ...]] = []
     monkeypatch.setattr(vllm_layers, "materialize_meta_tensor", lambda meta: copied.append(tuple(meta.shape)))

@@ -1,7 +1,7 @@
 """The plan imports no engine, and so repeats some of their numbers: here they are the same."""
 
-from rayrlhf.engines import vllm, vllm_layers
-from rayrlhf.models import logprobs
+from rayrlhf.engines import vllm
+from rayrlhf.models import logprobs, vllm_layers
 from rayrlhf.planning import memory, workload
 from rayrlhf.weights.transports import shared_memory
 from rayrlhf.weights.transports.device import DeviceBuffers
