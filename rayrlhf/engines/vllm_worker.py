@@ -29,6 +29,9 @@ from rayrlhf.weights.transports import Meeting, Receiver, create_receiver
 __all__ = ["BACKEND", "WeightReceiver", "WorkerExtension"]
 
 BACKEND = "rayrlhf"
+# A process has to ask the kernel before it uses AMX. oneDNN does at its first large product in bfloat16; vLLM's
+# attention does not, and where all products are small the first token would end the engine (SIGILL).
+torch.cpu._init_amx()
 
 
 @dataclass
