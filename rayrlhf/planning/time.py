@@ -54,10 +54,11 @@ class RoleClock:
         busy = sum(s * work.roles[r].ranks * work.roles[r].devices for r, s in seconds.items())
         return max([busy / self.hardware.per_node, *seconds.values()], default=0.0) / self.assume["cpu_share"]
 
-    def score(self, role: Role) -> float:
+    def score(self, role: Role, part: float = 1.0) -> float:
+        """Of so much of a batch, which takes a pass at the least."""
         work, assume = self.work, self.assume
-        tokens = work.batch_size * work.sequence_tokens / role.ranks
-        asked = work.batch_size * work.response_tokens / role.ranks
+        tokens = part * work.batch_size * work.sequence_tokens / role.ranks
+        asked = part * work.batch_size * work.response_tokens / role.ranks
         computing = forward_flops(role.shape, tokens, asked, self._attended()) / self._rate(role, "mfu_forward")
         passes = self._passes(tokens)
         gathering = self._gather(role) * passes if role.zero_stage == 3 else 0.0
@@ -71,15 +72,16 @@ class RoleClock:
             return 0.0
         return min(0.9 * self.together(score), self.assume["scored_early"] * generate)
 
-    def scored_beside(self, score: Mapping[str, float], generation: Generation, generate: float) -> tuple[float, float]:
+    def scored_beside(self, roles: Iterable[Role], generation: Generation, generate: float) -> tuple[float, float]:
         """On a CPU: seconds of scoring that are over when the last response comes, and those that are left.
 
         Whoever scores takes the engines' cores meanwhile, each thread as much as any other, and sampling takes as much
-        longer. A part is scored once all of it is there; the last one, of the longest responses, has most tokens.
+        longer. A part is scored once all of it is there, in passes of its own; the last one, of the longest responses,
+        has most tokens.
         """
-        cores, engines = self.hardware.per_node, self.work.roles["rollout"]
+        roles, cores, engines = list(roles), self.hardware.per_node, self.work.roles["rollout"]
         drawing = engines.ranks * engines.devices
-        scoring = sum(self.work.roles[name].ranks * self.work.roles[name].devices for name in score)
+        scoring = sum(role.ranks * role.devices for role in roles)
         busy = max(1.0, (drawing + scoring) / cores)
         draw_rate, score_rate = max(1.0, drawing / cores) / busy, max(1.0, scoring / cores) / busy
         at_once, finished = -(-len(generation.finished) // PARTS), generation.finished
@@ -90,7 +92,7 @@ class RoleClock:
             # Until it is there somebody scores beside, as long as there is something to score.
             done = min(waiting, (at - drawn) / draw_rate * score_rate)
             tokens = sum(self.work.prompt_tokens + tokens for _, tokens in part)
-            waiting += self.together(score) * tokens / whole + self.assume["call_ms"] * 1e-3 - done
+            waiting += self.together({role.name: self.score(role, tokens / whole) for role in roles}) - done
             drawn, early = at, early + done
         return early, waiting
 
@@ -236,14 +238,13 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     scored = _of(score, frozen) if work.overlap else score
     if work.gpu:
         early = clock.scored_early(scored, generate)
-        late = clock.together(score) - early
+        left = clock.together(scored) - early
     else:
-        early, late = clock.scored_beside(scored, generation, generate)
-        late += clock.together(score) - clock.together(scored)
+        early, left = clock.scored_beside((roles[name] for name in scored), generation, generate)
     phases = {
         # On a CPU whoever scores meanwhile takes the engines' cores.
         "generate": generate + (0.0 if work.gpu else early) + assume["call_ms"] * 1e-3,
-        "score": late,
+        "score": left + clock.together(score) - clock.together(scored),
         "estimate": work.batch_size / roles["policy"].ranks * assume["estimate_us"] * 1e-6 + assume["call_ms"] * 1e-3,
         "update": clock.together(update),
         "publish": clock.publish(),
@@ -252,7 +253,7 @@ def step_time(work: Workload, hardware: Hardware, assume: Assumptions, memory: M
     by_role = {"generate": {"rollout": generate}, "score": score, "update": update}
     seconds = sum(phases.values())
     if work.overlap:
-        drawn = phases["generate"] + clock.together(_of(score, frozen)) - early
+        drawn = phases["generate"] + left
         learned = clock.together(_of(score, learning)) + phases["estimate"] + phases["update"]
         # Whoever draws and whoever learns may share devices, which have to do it all.
         busy = clock.together({role: score.get(role, 0.0) + update.get(role, 0.0) for role in score | update})

@@ -148,17 +148,31 @@ def test_scoring_beside_sampling_shares_the_cores_of_a_cpu_and_the_longest_respo
 
     Eight responses, to prompts of 4 tokens, are done after 1, 2, ... 8 s. With 6 tokens each the scoring of every one
     takes 1 s, and is over in the 2 s that the next one then takes: seven are scored early, one is left. With 76 tokens
-    the last one and its prompt are 80 of 150, and so is what is left of 8 s.
+    the last one and its prompt are 80 of 150, and so is what is left of 8 s. A pass that takes 0.25 s, however little
+    there is in it, is one for each of them.
     """
     one_core = hardware.model_copy(update={"device": hardware.device.model_copy(update={"per_node": 1})})
     clock = RoleClock(workload(gpu=False), one_core, assume)
-    monkeypatch.setattr(clock, "together", lambda seconds: 8.0)
+    monkeypatch.setattr(clock, "together", lambda seconds: sum(seconds.values()))
+    monkeypatch.setattr(clock, "score", lambda role, part: 8.0 * part)
+    reward = [clock.work.roles["reward"]]
     alike = Generation(8.0, 0.0, 0.0, 8, tuple((float(i), 6.0) for i in range(1, 9)))
-    assert clock.scored_beside({"reward": 8.0}, alike, generate=8.0) == pytest.approx((7.0, 1.0))
+    assert clock.scored_beside(reward, alike, generate=8.0) == pytest.approx((7.0, 1.0))
     tail = replace(alike, finished=(*alike.finished[:7], (8.0, 80.0 - 4.0)))
-    early, late = clock.scored_beside({"reward": 8.0}, tail, generate=8.0)
+    early, late = clock.scored_beside(reward, tail, generate=8.0)
     assert late == pytest.approx(8.0 * 80 / 150)
     assert early + late == pytest.approx(8.0)
+    monkeypatch.setattr(clock, "score", lambda role, part: 8.0 * part + 0.25)
+    assert clock.scored_beside(reward, tail, generate=8.0)[1] == pytest.approx(8.0 * 80 / 150 + 0.25)
+
+
+def test_a_part_of_a_batch_takes_a_pass_at_the_least(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
+    slow = assume.changed({"micro_batch_ms": 1000.0}, "the test")
+    clock, free = (
+        RoleClock(workload(), hardware, a) for a in (slow, slow.changed({"micro_batch_ms": 0.0}, "the test"))
+    )
+    role = clock.work.roles["reward"]
+    assert clock.score(role, 1 / 8) - free.score(role, 1 / 8) == pytest.approx(1.0)
 
 
 def test_overlap_takes_the_longer_side(workload: Make, hardware: Hardware, assume: Assumptions) -> None:
