@@ -2,7 +2,7 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-quick test test-unit test-faults soak check bench gpu-check format lock clean
+.PHONY: setup demo demo-quick test test-all test-unit test-faults soak check bench gpu-check format lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -19,7 +19,10 @@ demo: $(READY)  ## the whole recipe on a tiny model, here, in ten minutes
 demo-quick: $(READY)  ## the same in three minutes: a twelfth of the data, fewer steps
 	@$(BIN)/rayrlhf run configs/demo.yaml run.name=demo-quick world.size=0.08 ppo.steps=4 eval.best_of=4
 
-test: $(READY)  ## all tests, real engines included
+test: $(READY)  ## the tests, real engines included
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## the slow ones too: benchmarks, long runs with faults, more shapes of what is resumed
 	@$(BIN)/python -m pytest
 
 test-unit: $(READY)  ## the fast ones

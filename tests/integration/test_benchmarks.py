@@ -81,6 +81,7 @@ def test_sides_that_differ_in_loss_or_weights_end_the_benchmark(monkeypatch: pyt
         learner.check_agreement(one, other, 2.0, 2.0)
 
 
+@pytest.mark.slow
 def test_the_publish_that_is_timed_is_a_whole_one() -> None:
     (row,) = last_line("weight_sync", "--sizes=4M", "--engines=1", "--rounds=1")["rows"]
     assert row["mib"] == pytest.approx(14.26, abs=0.01)
@@ -92,6 +93,7 @@ def test_the_publish_that_is_timed_is_a_whole_one() -> None:
     assert row["moved_to_copy_ratio"] > 0.5, "a copy at the least, and both may be lucky"
 
 
+@pytest.mark.slow
 def test_engines_behind_actors_and_plain_ones_sample_the_same_tokens() -> None:
     """The benchmark itself counts each side's tokens."""
     fixed, long_tailed = last_line("rollout", "--engines=1", "--pairs=1", "--responses=6")["rows"]
@@ -101,6 +103,7 @@ def test_engines_behind_actors_and_plain_ones_sample_the_same_tokens() -> None:
         assert row["system_to_plain_ratio"] == pytest.approx(row["system_tokens_per_s"] / row["plain_tokens_per_s"])
 
 
+@pytest.mark.slow
 def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     found = last_line("control", "--actors=2", "--steps=3", "--memory-steps=3")
     assert found["sync_step_s"] > 1.1, "0.6 s of sampling and 0.5 s of learning, one after the other"
@@ -110,6 +113,7 @@ def test_the_control_plane_of_stand_ins_overlaps_their_two_sides() -> None:
     assert 0 < found["health_step_ms"] < 10
 
 
+@pytest.mark.slow
 def test_a_ppo_step_and_the_plain_loop_beside_it_do_the_same_work() -> None:
     """The benchmark itself compares tokens and optimizer steps, and wants a first ratio of 1 of the loop."""
     (row,) = last_line("ppo_step", "--sizes=tiny", "--pairs=1", "--batch=8", "--longest=16")["rows"]

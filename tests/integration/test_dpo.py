@@ -44,6 +44,7 @@ def test_the_policy_is_left_beside_the_recipes_own(baseline: Path, finished: Fin
     assert any(bool((a != b).any()) for a, b in zip(policy.parameters(), sft.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_two_ranks_under_zero_3_give_the_numbers_of_one(baseline: Path, finished: FinishedRun, tmp_path: Path) -> None:
     sft = finished.artifact("sft") / "model"
     shape = ["dpo.zero_stage=3", "cluster.train.ranks=2", "cluster.train.threads=1"]

@@ -16,6 +16,7 @@ FILES = ["pretrain.txt.gz", "demonstrations.jsonl.gz", "preferences_train.jsonl.
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.human_data,
+    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         not all((FOLDER / name).exists() for name in FILES),

@@ -14,7 +14,7 @@ from tests.integration.conftest import FinishedRun
 from tests.integration.hosts import why_not
 from tests.soak import ppo_command
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CASES = {case.name: case for case in fault_matrix.CASES}
 

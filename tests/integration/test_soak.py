@@ -10,7 +10,7 @@ from tests.faults import started
 from tests.integration.conftest import FinishedRun, rayrlhf
 from tests.soak import ppo_command, records, same_numbers, soak
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 20
 

@@ -87,6 +87,7 @@ def test_learners_across_both_hosts_with_a_sharded_engine_learn_the_same(run: An
         assert there == pytest.approx(here, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_supervised_stage_across_both_hosts_learns_the_same(
     hosts: Hosts, finished: FinishedRun, tmp_path: Path
 ) -> None:
