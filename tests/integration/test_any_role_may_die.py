@@ -55,6 +55,7 @@ def test_a_run_in_which_every_role_dies_once_is_the_run_in_which_none_did(
         assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
+@pytest.mark.slow
 def test_a_role_that_dies_on_its_way_up_is_replaced_and_one_that_hangs_is_found_and_shows_its_stack(
     finished: FinishedRun, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_a_role_that_dies_on_its_way_up_is_replaced_and_one_that_hangs_is_found_
     assert "vllm" in cause
 
 
+@pytest.mark.slow
 def test_an_actor_that_may_not_be_replaced_ends_the_run_with_a_checkpoint(
     finished: FinishedRun, tmp_path: Path
 ) -> None:
