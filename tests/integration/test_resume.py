@@ -183,7 +183,7 @@ def whole(finished: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
     ("step", "how", "code"),
     [
         pytest.param(1, signal.SIGKILL, -9, marks=pytest.mark.slow),
-        (2, signal.SIGTERM, 143),
+        pytest.param(2, signal.SIGTERM, 143, marks=pytest.mark.slow),
         (STEPS - 1, signal.SIGKILL, -9),
     ],
     ids=["killed after the first step", "asked to end", "killed before the last step"],
@@ -209,7 +209,8 @@ def test_a_run_that_was_ended_and_resumed_is_the_run_that_was_not(
         assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_so_is_a_run_of_two_ranks_under_zero(finished: FinishedRun, tmp_path: Path, stage: int) -> None:
     ranks = ("cluster.policy.ranks=2", "cluster.value.ranks=2", f"ppo.zero_stage={stage}", f"ppo.steps={STEPS - 1}")
     runs = {name: arguments(finished, tmp_path / name, "run", *ranks) for name in ("whole", "ended")}
