@@ -72,6 +72,10 @@ def load_values(path: Path) -> tuple[Values, Config | None]:
     """
     refuse_secrets(_without_names(read_yaml(path)), source=str(path))
     values = load_section(path, Values).beside(path)
+    if values.config is not None and not values.config.is_file():
+        raise ConfigError(
+            f"{path}: config: {values.config} is not there", "a relative path starts from the folder of this file"
+        )
     # Nothing of this machine belongs in the files: neither its data folder nor what its environment keeps secret.
     environ = {name: value for name, value in os.environ.items() if name != DATA_ROOT_VARIABLE}
     return values, load_config(values.config, environ=environ) if values.config else None

@@ -37,6 +37,7 @@ __all__ = ["SECRETS", "entrypoint", "environment", "exit_code", "show_logs", "sh
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN")
 GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+LOG_COLUMNS = "200"
 RAYS_GRACE_S = 3  # what a job has that says nothing of it
 STOPPED = 143
 # The block that our command line ends with when a run fails: the error's name, and all below it.
@@ -100,10 +101,12 @@ def entrypoint(config: str, overrides: Sequence[str], resume: bool) -> str:
 def environment(config: Config, carried: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
     """The job's environment: what was asked for, secrets that are set here, and how long a stop may take.
 
-    A run that is asked to end finishes the step that learns and saves: each a few remote calls with a deadline.
+    A run that is asked to end finishes the step that learns and saves: each a few remote calls with a deadline. Its log
+    has no terminal to take its width from: a line stays a line.
     """
     known = {name: environ[name] for name in (*SECRETS, *_reward_tokens(config)) if environ.get(name)}
-    return {GRACE_VARIABLE: str(math.ceil(2 * config.cluster.call_timeout_s)), **known, **carried}
+    grace = str(math.ceil(2 * config.cluster.call_timeout_s))
+    return {GRACE_VARIABLE: grace, "COLUMNS": LOG_COLUMNS, **known, **carried}
 
 
 def exit_code(details: JobDetails) -> int:

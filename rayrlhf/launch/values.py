@@ -19,8 +19,11 @@ AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$")]
 
 
 class Node(Section):
-    cpus: PositiveInt = 8
-    memory_gib: PositiveInt = 32
+    cpus: PositiveInt = 7
+    """What Ray is told of, and on Kubernetes what its pod asks for: less than the machine has. A node's own services
+    keep some, and a pod that asks for all waits forever."""
+    memory_gib: PositiveInt = 28
+    """Likewise."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """KubeRay: labels of the Kubernetes nodes that it may run on."""
     node_config: dict[str, Any] = Field(default_factory=dict)
@@ -150,7 +153,7 @@ class Values(Section):
     """KubeRay and cluster launcher: nodes beyond `workers.<group>.nodes` come when actors wait, and go when idle."""
     head: Head = Head()
     workers: dict[Name, WorkerGroup] = Field(
-        default_factory=lambda: {"gpu": WorkerGroup(gpus=8, cpus=96, memory_gib=768)}
+        default_factory=lambda: {"gpu": WorkerGroup(gpus=8, cpus=90, memory_gib=768)}
     )
     images: Images = Images()
     storage: Storage = Storage()

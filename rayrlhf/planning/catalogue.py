@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -48,9 +49,15 @@ def shape_named(source: str | Mapping[str, Any], what: str) -> ModelShape:
     short = {name.rpartition("/")[2].lower(): name for name in known}
     near = difflib.get_close_matches(source.lower(), [*known, *short], n=1, cutoff=0.5)
     hint = f"did you mean {short.get(near[0], near[0])}?" if near else f"one of {', '.join(known)}"
-    raise ModelError(
-        f"{what}: {source}: no such folder, file or known model", f"{hint} Or name its shape in plan.shapes"
-    )
+    there = "a folder without config.json" if path.is_dir() else "no such folder, file or known model"
+    raise ModelError(f"{what}: {source}: {there}", f"{hint} Or give {_shape_for(what)}")
+
+
+def _shape_for(what: str) -> str:
+    """How a model's shape is told in place of its name."""
+    if what.startswith("workload."):
+        return f"the keys of a Hugging Face config as {what} ({{model_type: llama, hidden_size: ...}})"
+    return "its shape in plan.shapes"
 
 
 def _read(file: Path, what: str) -> dict[str, Any]:
@@ -67,11 +74,12 @@ def _from_hub(name: str, what: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
     try:
         return Path(hf_hub_download(name, "config.json"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{what}: {name}: the hub does not give its config.json: {reason}",
-            "name a folder, or give the shape in plan.shapes",
+            f"name a folder, or give {_shape_for(what)}",
         ) from None

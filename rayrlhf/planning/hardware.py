@@ -138,7 +138,7 @@ def hardware_named(name: str) -> Hardware:
     if name not in table.devices:
         near = difflib.get_close_matches(name, table.devices, n=1, cutoff=0.5)
         known = f"did you mean {near[0]}?" if near else f"one of {', '.join(table.devices)}, or a YAML file"
-        raise ConfigError(f"--hardware {name}: no such hardware", known)
+        raise ConfigError(f"{name}: no such hardware (--hardware, plan.hardware, or a form's hardware)", known)
     return _resolved(name, table.devices[name], table.links, {}, "hardware")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -135,7 +136,9 @@ def _whole(plan: Plan) -> str:
     step, steps = plan.time.seconds, plan.work.steps
     words = f"{step:.3g} s a step, {steps} steps: {_duration(plan.seconds)}"
     if plan.work.gpu:
-        nodes = f"{plan.nodes} node{'s' if plan.nodes > 1 else ''}"
+        taken = max(1, math.ceil(plan.devices / plan.hardware.per_node - 1e-9))
+        there = f"{taken} of {plan.nodes}" if taken < plan.nodes else f"{plan.nodes}"
+        nodes = f"{there} node{'s' if plan.nodes > 1 else ''}"
         words += f" on {plan.devices:g} GPUs ({nodes}), {plan.gpu_hours:,.1f} GPU-hours"
     return f"{words} (ppo alone; generating and learning overlap)" if plan.work.overlap else f"{words} (ppo alone)"
 

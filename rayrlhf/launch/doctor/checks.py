@@ -36,9 +36,11 @@ CLOCKS_APART_S, CLOCKS_WRONG_S = 0.5, 60.0
 def check_nodes(answers: Answers[Machine], nodes: Mapping[str, Node]) -> Finding:
     """Every node of the cluster runs our code."""
 
-    def judge(name: str, _: Machine) -> Verdict:
+    def judge(name: str, machine: Machine) -> Verdict:
         node = nodes[name]
-        return passed(f"{node.cpus:g} CPUs, {node.gpus:g} GPUs")
+        # A Ray of its own promises the actors as many as they ask for: they take turns.
+        promised = f" (Ray promises {node.cpus:g})" if node.cpus != machine.cores else ""
+        return passed(f"{machine.cores} CPUs{promised}, {node.gpus:g} GPUs")
 
     return over_nodes("nodes", answers, judge, {"nodes": len(nodes)})
 

@@ -45,6 +45,7 @@ def measure_machine() -> Machine:
         versions=installed_versions(),
         twins=twins(),
         gpus=gpus,
+        cores=len(os.sched_getaffinity(0)),
         torch_problem=_why_torch_cannot() if gpus else "",
         shm_total_gib=shm.total / 2**30,
         shm_free_gib=shm.free / 2**30,

@@ -12,19 +12,22 @@ from rayrlhf.cli import app
 from rayrlhf.launch.manifests import KINDS
 
 ROOT = Path(__file__).parents[3]
+# The page begins with a copy of the example.
+COPIED = "cluster/mine.yaml", "cluster/values.yaml"
 PAGE = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_ours_on_the_page_parses() -> None:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()]
     commands = [words for line in lines if (words := shlex.split(line, comments=True))[:1] == ["rayrlhf"]]
-    assert len(commands) >= 3
+    assert len(commands) >= 2
     group = get_command(app)
     for words in commands:
         context = group.commands[words[1]].make_context(words[1], words[2:])  # type: ignore[attr-defined]
         if words[1] != "manifests":
             continue
-        assert (ROOT / context.params["values"]).is_file()
+        values = str(context.params["values"]).replace(*COPIED)
+        assert (ROOT / values).is_file()
         assert set(context.params["kinds"] or ()) <= set(KINDS)
 
 

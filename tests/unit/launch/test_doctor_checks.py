@@ -22,7 +22,9 @@ TESTED = {
     "wandb": "0.31.0",
 }
 H100 = GPU("H100", 80.0, "570.86")
-GOOD = Machine(TESTED, shm_total_gib=16.0, shm_free_gib=15.0, open_files=65536, processes=None, locked_memory_gib=0.1)
+GOOD = Machine(
+    TESTED, shm_total_gib=16.0, shm_free_gib=15.0, open_files=65536, processes=None, locked_memory_gib=0.1, cores=8
+)
 NODES = {
     "a": Node("a", "1", "a", cpus=8, object_store_gib=4.0, here=True),
     "b": Node("b", "2", "b", cpus=16, object_store_gib=4.0),
@@ -42,7 +44,9 @@ def said(finding: Finding, status: str, found: str, cure: str = "") -> None:
 
 
 def test_nodes_are_told_with_what_they_have() -> None:
-    said(checks.check_nodes(of(GOOD, GOOD), NODES), "pass", "a: 8 CPUs, 0 GPUs; b: 16 CPUs, 0 GPUs")
+    few = replace(GOOD, cores=2)
+    expected = "a: 8 CPUs, 0 GPUs; b: 2 CPUs (Ray promises 16), 0 GPUs"
+    said(checks.check_nodes(of(GOOD, few), NODES), "pass", expected)
 
 
 def test_a_node_that_does_not_answer_fails_and_is_named() -> None:

@@ -94,10 +94,11 @@ def test_a_job_gets_command_environment_and_run_folder_and_no_secret_is_shown(co
     assert server.given["metadata"] == {"run": "/shared/runs/mine"}
     assert server.given["runtime_env"]["env_vars"] == {
         "RAY_JOB_STOP_WAIT_TIME_S": "3600",
+        "COLUMNS": "200",
         "HF_TOKEN": "hf_secret",
         "MINE": "a value",
     }
-    assert "environment: HF_TOKEN, MINE, RAY_JOB_STOP_WAIT_TIME_S" in said
+    assert "environment: COLUMNS, HF_TOKEN, MINE, RAY_JOB_STOP_WAIT_TIME_S" in said
     assert "hf_secret" not in said
     assert "a value" not in said
     assert "hf_secret" not in server.given["entrypoint"]
@@ -111,7 +112,13 @@ def test_overrides_reach_the_jobs_shell_as_they_were_written() -> None:
 
 def test_a_stop_may_take_as_long_as_the_calls_that_it_waits_for() -> None:
     tree = {"model": {"path": "org/name"}, "world": {"name": "instructions"}, "cluster": {"call_timeout_s": 100.5}}
-    assert environment(Config.model_validate(tree), {}, {}) == {"RAY_JOB_STOP_WAIT_TIME_S": "201"}
+    assert environment(Config.model_validate(tree), {}, {})["RAY_JOB_STOP_WAIT_TIME_S"] == "201"
+
+
+def test_a_line_of_a_jobs_log_is_as_long_as_it_is_up_to_200_columns() -> None:
+    tree = {"model": {"path": "org/name"}, "world": {"name": "instructions"}}
+    assert environment(Config.model_validate(tree), {}, {})["COLUMNS"] == "200"
+    assert environment(Config.model_validate(tree), {"COLUMNS": "90"}, {})["COLUMNS"] == "90"
 
 
 def test_the_variable_that_the_config_names_for_a_rewards_token_goes_along(config: Path, server: Server) -> None:

@@ -136,6 +136,13 @@ def test_a_config_that_holds_a_secret_of_this_environment_is_not_rendered(
         load_values(tmp_path / "values.yaml")
 
 
+def test_values_that_were_copied_elsewhere_say_where_their_config_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "values.yaml").write_text("config: ../configs/tiny.yaml\nworkers: {cpu: {nodes: 1}}\n")
+    expected = rf"{tmp_path}/values.yaml: config: {tmp_path}/\.\./configs/tiny.yaml is not there"
+    with pytest.raises(ConfigError, match=expected):
+        load_values(tmp_path / "values.yaml")
+
+
 @pytest.mark.parametrize("word", ["a\nb: c", "it's", '"q" $(x) #', "print(1)\nprint(2)"])
 def test_a_command_of_any_characters_stays_one_word_of_it(word: str) -> None:
     made = values(command=["python", "-c", word], workers={"cpu": {"cpus": 2, "nodes": 2}})

@@ -244,7 +244,7 @@ assumptions: {mfu_train: 0.3}
 
 
 def test_unknown_names_are_errors_with_the_nearest_one(seven: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match=r"--hardware h100: no such hardware(.|\n)*did you mean h100-80g"):
+    with pytest.raises(ConfigError, match=r"h100: no such hardware \(--hardware(.|\n)*did you mean h100-80g"):
         hardware_named("h100")
     with pytest.raises(ConfigError, match=r"no assumption 'mfu'(.|\n)*mfu_"):
         asked_of(seven("plan.assume={mfu: 0.3}"))
