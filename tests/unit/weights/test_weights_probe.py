@@ -26,10 +26,11 @@ def test_at_least_the_tokens_asked_for_are_probed_in_range_and_within_the_contex
     assert {len(row.context) for row in rows} == {min(4, context - 1)}
 
 
-def test_sixty_four_tokens_take_two_rows_of_thirty_two():
-    rows = probe_rows(50_257, 64, 1024)
-    assert [len(row.targets) for row in rows] == [32, 32]
-    assert len(set(probed(rows))) == 64
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 1), (65, 2), (128, 2)])
+def test_a_row_has_sixty_four_targets_each_another_token(tokens, rows):
+    found = probe_rows(50_257, tokens, 1024)
+    assert [len(row.targets) for row in found] == [64] * rows
+    assert len(set(probed(found))) == 64 * rows
 
 
 def test_the_ids_reach_both_ends_of_the_vocabulary():
@@ -39,7 +40,7 @@ def test_the_ids_reach_both_ends_of_the_vocabulary():
 
 
 def test_contexts_differ_and_each_row_spans_the_vocabulary():
-    rows = probe_rows(17_000, 64, 1024)
+    rows = probe_rows(17_000, 128, 1024)
     assert len({tuple(row.context) for row in rows}) == 2
     for row in rows:
         assert min(row.targets) < 1100
