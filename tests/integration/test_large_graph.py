@@ -53,7 +53,6 @@ def test_on_paper_the_whole_graph_fills_50_of_64_nodes(graph: dict[str, Any]) ->
     assert sum(row["ranks"] for row in graph["full"]) == 176
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.skipif(psutil.virtual_memory().total < 16 * 2**30, reason="64 nodes of Ray take 8 GiB")
 def test_a_real_ray_of_64_nodes_reserves_the_whole_graph_where_the_paper_says(graph: dict[str, Any]) -> None:
