@@ -25,10 +25,6 @@ class RolloutActor(Actor):
         super().__init__(log)
         self._settings = settings
 
-    def prepare(self) -> None:
-        """What of a start needs no model; `start` does it too."""
-        RolloutEngine.prepare(self._settings)
-
     def start(self, prompts: list[PromptTokens]) -> None:
         use_rays_network()
         self._arrivals = Arrivals(self._settings.transport, self._settings.run)

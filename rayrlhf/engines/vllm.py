@@ -93,12 +93,6 @@ class RolloutEngine:
         )
         self._rpc("init_weight_transfer_engine", {"transport": settings.transport})
 
-    @staticmethod
-    def prepare(settings: EngineSettings) -> None:
-        """Import vLLM, which takes most of a start, while there is no model yet."""
-        _set_environment(settings)
-        import vllm  # noqa: F401
-
     def hold_prompts(self, prompts: Sequence[PromptTokens]) -> None:
         self._prompts = {p.prompt_id: p.tokens.tolist() for p in prompts}
 

@@ -91,10 +91,7 @@ class Pair:
         await self.policy.spawn(policy, [(f"{self.folder}/policy.log", self._policy_settings())], START_S)
         logs = [f"{self.folder}/rollout-{i}.log" for i in range(self.settings.engines)]
         await self.rollout.spawn(engine, [(log, self._engine_settings()) for log in logs], START_S)
-        await asyncio.gather(
-            self.policy.call("build", self.settings.shape, timeout_s=START_S),
-            self.rollout.call("prepare", timeout_s=START_S),
-        )
+        await self.policy.call("build", self.settings.shape, timeout_s=START_S)
 
     async def start_policy(self) -> None:
         meeting = await self.policy.rendezvous(self.settings.device, False, START_S)

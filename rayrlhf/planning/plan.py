@@ -13,7 +13,7 @@ from rayrlhf.planning.memory import RankMemory, beyond_engine, kv_bytes_per_toke
 from rayrlhf.planning.time import StepTime, step_time
 from rayrlhf.planning.workload import Role, Workload
 
-__all__ = ["Plan", "Shortfall", "make_plan", "too_long"]
+__all__ = ["Plan", "Shortfall", "make_plan", "nodes_taken", "too_long"]
 
 # Of the host's memory, a process with its libraries.
 PROCESS_BYTES = GIB
@@ -120,12 +120,18 @@ def _planned(work: Workload, hardware: Hardware, assume: Assumptions, nodes: int
     memory = {name: rank_memory(role, work, hardware, assume) for name, role in work.roles.items()}
     if work.train is not None:
         memory["train"] = rank_memory(work.train, work, hardware, assume)
-    needed = max(1, math.ceil(max(work.devices(), _trained_on(work)) / hardware.per_node - 1e-9)) if work.gpu else 1
-    found = nodes or needed
+    found = nodes or nodes_taken(work, hardware)
     shortfalls = [*too_long(work), *_devices_missing(work, hardware, found), *_over(work, hardware, assume, memory)]
     time = step_time(work, hardware, assume, memory)
     warnings = tuple(_warnings(work, time))
     return Plan(work, hardware, assume, found, memory, time, tuple(shortfalls), warnings)
+
+
+def nodes_taken(work: Workload, hardware: Hardware) -> int:
+    """By the largest stage, when its roles fill one node after the other."""
+    if not work.gpu:
+        return 1
+    return max(1, math.ceil(max(work.devices(), _trained_on(work)) / hardware.per_node - 1e-9))
 
 
 def too_long(work: Workload) -> list[Shortfall]:

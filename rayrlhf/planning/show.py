@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from rayrlhf.planning.hardware import GIB
 from rayrlhf.planning.memory import set_peak
-from rayrlhf.planning.plan import Plan
+from rayrlhf.planning.plan import Plan, nodes_taken
 from rayrlhf.planning.workload import Role
 
 __all__ = ["show_assumptions", "show_placements", "show_plan", "show_training"]
@@ -136,7 +135,7 @@ def _whole(plan: Plan) -> str:
     step, steps = plan.time.seconds, plan.work.steps
     words = f"{step:.3g} s a step, {steps} steps: {_duration(plan.seconds)}"
     if plan.work.gpu:
-        taken = max(1, math.ceil(plan.devices / plan.hardware.per_node - 1e-9))
+        taken = nodes_taken(plan.work, plan.hardware)
         there = f"{taken} of {plan.nodes}" if taken < plan.nodes else f"{plan.nodes}"
         nodes = f"{there} node{'s' if plan.nodes > 1 else ''}"
         words += f" on {plan.devices:g} GPUs ({nodes}), {plan.gpu_hours:,.1f} GPU-hours"

@@ -10,21 +10,17 @@ import psutil
 import pytest
 
 from tests.faults import started
-from tests.integration.conftest import FinishedRun
+from tests.integration.conftest import TINY
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 
-def test_no_process_of_a_run_listens_on_another_network(finished: FinishedRun, tmp_path: Path) -> None:
-    """Two data-parallel workers in a supervised stage, then PPO's roles: all look for each other."""
-    sft = finished.artifact("sft") / "model"
-    command = [
-        *("run", finished.arguments[0], f"run.output={tmp_path}", *finished.arguments[3:], f"model={{path: {sft}}}"),
-        *(f"sft.path={sft}", "run.stages=[reward,ppo]", "ppo.steps=4", "cluster.train.ranks=2"),
-        *("cluster.train.threads=1", "tracking.wandb=off", "tracking.ray_metrics=false"),
-    ]
+def test_no_process_of_a_run_listens_on_another_network(tmp_path: Path) -> None:
+    """Two data-parallel workers in the supervised stages, then PPO's roles: all look for each other."""
+    ranks = ("cluster.train.ranks=2", "cluster.train.threads=1", "tracking.wandb=off", "tracking.ray_metrics=false")
+    command = ["run", "configs/tiny.yaml", f"run.output={tmp_path}", *TINY, *ranks, "ppo.steps=4"]
     here, elsewhere = set[str](), set[str]()
-    with started(command, tmp_path / "log") as process:
+    with started([*command, "run.stages=[pretrain,sft,collect,reward,ppo]"], tmp_path / "log") as process:
         while process.poll() is None:
             with suppress(psutil.NoSuchProcess):
                 for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -34,7 +30,7 @@ def test_no_process_of_a_run_listens_on_another_network(finished: FinishedRun, t
                             if connection.status == psutil.CONN_LISTEN:
                                 home = connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1", "::1")
                                 (here if home else elsewhere).add(name)
-            time.sleep(0.5)
+            time.sleep(0.2)
     assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
     assert elsewhere == set()
     assert {"ray::RayTrainWorker", "ray::PolicyActor", "ray::RolloutActor"} <= here, "or nothing was looked at"

@@ -38,9 +38,9 @@ class Machine:
     twins: tuple[str, ...] = ()
     """distributions that own the same module"""
     gpus: tuple[GPU, ...] = ()
+    """as the driver lists them"""
     cores: int = 0
     """that a process may run on"""
-    """as the driver lists them"""
     torch_problem: str = ""
     """why torch cannot use them; empty where it can, or where there are none"""
     shm_total_gib: float = 0.0

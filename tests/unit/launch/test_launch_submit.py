@@ -112,7 +112,7 @@ def test_overrides_reach_the_jobs_shell_as_they_were_written() -> None:
 
 def test_a_stop_may_take_as_long_as_the_calls_that_it_waits_for() -> None:
     tree = {"model": {"path": "org/name"}, "world": {"name": "instructions"}, "cluster": {"call_timeout_s": 100.5}}
-    assert environment(Config.model_validate(tree), {}, {})["RAY_JOB_STOP_WAIT_TIME_S"] == "201"
+    assert environment(Config.model_validate(tree), {}, {}) == {"RAY_JOB_STOP_WAIT_TIME_S": "201", "COLUMNS": "200"}
 
 
 def test_a_line_of_a_jobs_log_is_as_long_as_it_is_up_to_200_columns() -> None:
